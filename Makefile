@@ -1,0 +1,38 @@
+# make quickstart   fine-tune the embedded model on drawn cards
+# make test         run the tests
+# make lint         check style and types
+# make clean        remove the environment and all results
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find idefics_qlora -type f -not -path '*/__pycache__/*')
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/installed
+	$(BIN)/pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs
+
+# The dependencies, once; torch and torchvision together, at versions known to work.
+$(VENV)/dependencies: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[dev]"
+	touch $@
+
+# The package itself, as a user gets it, again after every change.
+$(VENV)/installed: $(VENV)/dependencies $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall .
+	rm -rf build *.egg-info
+	touch $@

@@ -1,0 +1,201 @@
+"""The settings of a training run: one frozen dataclass, every field with its unit and default.
+
+Field names follow Hugging Face's ``TrainingArguments`` wherever the meaning is the same, and the
+defaults are the recipe of the well-known IDEFICS fine-tuning tutorial.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Precision = Literal["fp16", "bf16", "fp32"]
+Optim = Literal["paged_adamw_8bit", "adamw_torch"]
+Scheduler = Literal["linear", "cosine", "constant"]
+LossOn = Literal["completion", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one training run.
+
+    Raises:
+        ValueError: If any field has a value that cannot work. The message lists *every* such
+            field with its value and what is expected, so that one run of the script finds all.
+    """
+
+    output_dir: str | os.PathLike[str]
+    """Folder that receives ``checkpoint-N`` folders; created when missing."""
+
+    max_steps: int | None = None
+    """Optimizer steps to train for. ``None``: as many as ``num_train_epochs`` needs."""
+
+    num_train_epochs: float = 1.0
+    """Passes over the training rows; used only when ``max_steps`` is ``None``."""
+
+    global_batch_size: int = 16
+    """Examples in one window, that is, examples one optimizer step sees."""
+
+    micro_batch_size: int = 2
+    """Examples in one forward and backward pass. Changes speed and memory, not the mathematics."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW."""
+
+    lr_scheduler_type: Scheduler = "linear"
+    """Shape of the decay after the warm-up: ``linear`` or ``cosine`` to 0, or ``constant``."""
+
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW, applied to every adapter tensor."""
+
+    max_grad_norm: float = 1.0
+    """L2 norm to which the gradient of all adapter tensors together is clipped."""
+
+    precision: Precision = "fp16"
+    """Arithmetic of forward and backward: ``fp16`` (autocast + gradient scaling), ``bf16``
+    (autocast) or ``fp32``. Adapter weights and optimizer arithmetic are fp32 in every case."""
+
+    optim: Optim = "paged_adamw_8bit"
+    """``paged_adamw_8bit`` (bitsandbytes) or ``adamw_torch`` (fp32 states)."""
+
+    gradient_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third slower.
+    Same results."""
+
+    logging_steps: int = 20
+    """Optimizer steps between two training log records."""
+
+    eval_steps: int = 20
+    """Optimizer steps between two evaluations (when there are evaluation rows)."""
+
+    save_steps: int = 40
+    """Optimizer steps between two checkpoints. The last step is always saved."""
+
+    save_total_limit: int | None = 3
+    """Checkpoints to keep; the best and the newest are kept whatever the limit. ``None``: all."""
+
+    load_best_model_at_end: bool = True
+    """After training, load the adapter of the checkpoint with the lowest ``eval_loss``."""
+
+    eval_batch_size: int = 2
+    """Examples in one evaluation forward pass."""
+
+    loss_on: LossOn = "completion"
+    """Which text tokens are targets: the completion and the end token only, or ``all`` text tokens
+    (the tutorial's labelling, padding excluded)."""
+
+    augment: bool = True
+    """Crop training images randomly (90-100 % of the area). ``False``: the checkpoint's own
+    preprocessing, as in evaluation."""
+
+    resume: str | os.PathLike[str] = "auto"
+    """``auto``: continue from the newest complete checkpoint of ``output_dir``, if there is one.
+    ``never``: refuse to start where checkpoints exist. A path: continue from that checkpoint."""
+
+    seed: int = 42
+    """Decides the order of the rows, their crops and the dropout masks."""
+
+    num_workers: int = 2
+    """Processes that load windows ahead. 0: load in the main process. Changes speed only."""
+
+    def __post_init__(self) -> None:
+        problems = [*self._choice_problems(), *self._number_problems()]
+        if not problems:  # the relations below need sane numbers
+            problems += self._relation_problems()
+        if problems:
+            raise ValueError("TrainConfig cannot work:\n" + "\n".join(f"  - {p}" for p in problems))
+        object.__setattr__(self, "output_dir", Path(self.output_dir))
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches in a full window (derived, never set)."""
+        return math.ceil(self.global_batch_size / self.micro_batch_size)
+
+    def total_steps(self, num_rows: int) -> int:
+        """Optimizer steps of a run over ``num_rows`` training rows."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, math.ceil(self.num_train_epochs * num_rows / self.global_batch_size))
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values, as a checkpoint records them."""
+        fields = dataclasses.asdict(self)
+        return {k: str(v) if isinstance(v, os.PathLike) else v for k, v in fields.items()}
+
+    def _choice_problems(self) -> list[str]:
+        choices = {
+            "precision": Precision,
+            "optim": Optim,
+            "lr_scheduler_type": Scheduler,
+            "loss_on": LossOn,
+        }
+        problems = [
+            f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choice))}"
+            for name, choice in choices.items()
+            if getattr(self, name) not in get_args(choice)
+        ]
+        for name in ("load_best_model_at_end", "augment", "gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                problems.append(f"{name}={getattr(self, name)!r}: expected True or False")
+        for name in ("output_dir", "resume"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, os.PathLike)) or not str(value):
+                problems.append(f"{name}={value!r}: expected a path")
+        return problems
+
+    def _number_problems(self) -> list[str]:
+        problems = []
+        whole = {  # field: smallest value
+            "global_batch_size": 1,
+            "micro_batch_size": 1,
+            "eval_batch_size": 1,
+            "logging_steps": 1,
+            "eval_steps": 1,
+            "save_steps": 1,
+            "warmup_steps": 0,
+            "num_workers": 0,
+            "seed": 0,
+        }
+        optional = {"max_steps": 1, "save_total_limit": 1}
+        for name, smallest in {**whole, **optional}.items():
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+                problems.append(f"{name}={value!r}: expected a whole number of at least {smallest}")
+        positive = ("num_train_epochs", "learning_rate", "max_grad_norm")
+        for name in (*positive, "weight_decay"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                problems.append(f"{name}={value!r}: expected a number")
+            elif not math.isfinite(value) or value < 0 or (name in positive and value == 0):
+                bound = "above 0" if name in positive else "of at least 0"
+                problems.append(f"{name}={value!r}: expected a finite number {bound}")
+        return problems
+
+    def _relation_problems(self) -> list[str]:
+        problems = []
+        if self.micro_batch_size > self.global_batch_size:
+            problems.append(
+                f"micro_batch_size={self.micro_batch_size} is larger than "
+                f"global_batch_size={self.global_batch_size}: a micro-batch is a part of a window"
+            )
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
+            problems.append(
+                f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}: "
+                "the learning rate would never reach its peak"
+            )
+        if self.load_best_model_at_end and self.save_steps % self.eval_steps:
+            problems.append(
+                f"save_steps={self.save_steps} is not a multiple of eval_steps={self.eval_steps}: "
+                "with load_best_model_at_end=True every checkpoint needs an evaluation; "
+                "change one of the two, or set load_best_model_at_end=False"
+            )
+        return problems

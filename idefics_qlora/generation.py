@@ -1,0 +1,67 @@
+"""Captions and answers from a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from idefics_qlora.batches import AROUND_IMAGE, IMAGE_TOKEN, Collator
+from idefics_qlora.examples import PromptItem, check_prompt, naming_row
+from idefics_qlora.model import Model, Processor, evaluation_mode, num_embeddings
+
+
+def generate(
+    model: Model,
+    processor: Processor,
+    prompts: Sequence[Sequence[PromptItem]],
+    *,
+    max_new_tokens: int = 50,
+    batch_size: int = 8,
+    return_full_text: bool = False,
+    **generate_options: Any,
+) -> list[str]:
+    """Continue prompts of interleaved images and texts.
+
+    Greedy unless ``generate_options`` say otherwise. Image tokens are never produced, and a text
+    ends at the end-of-sequence token.
+
+    Args:
+        model: The base, or the base with an adapter.
+        processor: The base's processor.
+        prompts: Lists of images and texts, as in :class:`~idefics_qlora.Example`.
+        max_new_tokens: Tokens at most per text.
+        batch_size: Prompts in one batch.
+        return_full_text: Return the prompt's text as well (images are left out of it).
+        **generate_options: For ``transformers``' ``generate``, such as ``do_sample=True``.
+
+    Returns:
+        One text per prompt.
+
+    Raises:
+        ValueError: If a prompt is not valid; the message names it (``BadImage`` for an image).
+    """
+    collator = Collator(processor, num_embeddings=num_embeddings(model))
+    tokenizer = processor.tokenizer
+    device = next(model.parameters()).device
+    options = {
+        "do_sample": False,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "suppress_tokens": tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, AROUND_IMAGE]),
+        **generate_options,
+    }
+    texts: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        tokens, pixels = [], []
+        for i, prompt in enumerate(prompts[start : start + batch_size], start):
+            with naming_row(f"prompts[{i}]"):
+                check_prompt(prompt)
+                tokens += collator.prompt_tokens([prompt])
+                pixels.append(collator.pixels(prompt))
+        batch = collator.collate(tokens, pixels, padding_side="left").to(device)
+        with evaluation_mode(model):
+            ids = model.generate(**batch.inputs(), max_new_tokens=max_new_tokens, **options)
+        if not return_full_text:
+            ids = ids[:, batch.input_ids.shape[1] :]
+        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts

@@ -1,0 +1,383 @@
+"""Loading the 4-bit base, attaching and loading adapters: all that knows IDEFICS' insides.
+
+The dtype policy, kept by :func:`load_model` and :func:`set_compute_dtype`:
+
+====================================================  =========================================
+every ``Linear`` of the vision tower, perceiver,      NF4 with double quantisation (uint8
+cross-attention and text layers                       storage), computing in the compute dtype
+``embed_tokens``, ``lm_head``, norms, biases, gates,  the compute dtype (fp16 by default)
+patch and position embeddings, latents
+LoRA matrices                                         fp32
+====================================================  =========================================
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+)
+
+Model: TypeAlias = IdeficsForVisionText2Text | PeftModel
+"""The base, or the base with an adapter."""
+
+Processor: TypeAlias = Any
+"""``transformers.IdeficsProcessor``; its call signature is not used here."""
+
+NOT_QUANTIZED = ["lm_head", "embed_tokens"]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_model(
+    checkpoint: str | os.PathLike[str],
+    *,
+    quantize: bool = True,
+    compute_dtype: torch.dtype = torch.float16,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> tuple[IdeficsForVisionText2Text, Processor]:
+    """Load an IDEFICS checkpoint, in 4 bits by default, and its processor.
+
+    Args:
+        checkpoint: Hub id (``HuggingFaceM4/idefics-9b``, ``-9b-instruct``, ``-80b``, ...) or a
+            local folder.
+        quantize: NF4 with double quantisation for every linear layer except ``lm_head``;
+            ``False`` keeps the weights in ``compute_dtype``.
+        compute_dtype: Arithmetic of the quantised layers and dtype of all that is not quantised.
+        device: Where the model lives; by default the first GPU if there is one, else the CPU.
+        revision: Branch, tag or commit of a Hub checkpoint.
+
+    Returns:
+        The frozen model in evaluation mode, and its ``IdeficsProcessor``.
+
+    Raises:
+        FileNotFoundError: If a local folder, or its ``config.json``, does not exist.
+        ValueError: If the checkpoint holds another architecture.
+        RuntimeError: If the GPU's memory does not suffice.
+    """
+    name = _checked_source(checkpoint)
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    if not isinstance(config, IdeficsConfig):
+        raise ValueError(
+            f"{name} is a {config.model_type!r} checkpoint: expected the 'idefics' architecture "
+            "(idefics-9b, idefics-9b-instruct, idefics-80b, ...)"
+        )
+    device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=NOT_QUANTIZED,
+    )
+    try:
+        model = IdeficsForVisionText2Text.from_pretrained(
+            name,
+            revision=revision,
+            dtype=compute_dtype,
+            device_map={"": device},
+            quantization_config=quantization if quantize else None,
+        )
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        advice = (
+            "free it from other processes"
+            if quantize
+            else "load it with quantize=True, or free memory"
+        )
+        raise RuntimeError(
+            f"{name} does not fit on {device}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB were "
+            f"free when it stopped; {advice}, or pass device='cpu'"
+        ) from error
+    model.requires_grad_(False)
+    _keep_trainable_on_cpu(model)
+    processor = AutoProcessor.from_pretrained(name, revision=revision)
+    return model.eval(), processor
+
+
+def add_lora(
+    model: IdeficsForVisionText2Text, config: LoraConfig | None = None, *, seed: int = 42
+) -> PeftModel:
+    """Attach trainable LoRA matrices (fp32) to a frozen base.
+
+    Args:
+        model: As :func:`load_model` gave it.
+        config: Your own ``peft.LoraConfig``. Default: the recipe's r=16, alpha=32, dropout 0.05 on
+            ``q_proj``, ``k_proj`` and ``v_proj`` of the vision tower, the perceiver, the
+            cross-attention and the text layers, no biases.
+        seed: Decides the initial values; the global generators are left as they were.
+
+    Returns:
+        The ``peft`` model around the base.
+    """
+    # peft.prepare_model_for_kbit_training is left out on purpose: its reentrant checkpointing cuts
+    # the vision tower's adapters off from the gradient, because pixels require none.
+    if config is None:
+        config = LoraConfig(
+            r=16,
+            lora_alpha=32,
+            lora_dropout=0.05,
+            bias="none",
+            target_modules=["q_proj", "k_proj", "v_proj"],
+        )
+    model.requires_grad_(False)
+    _keep_trainable_on_cpu(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _attach(model, config)
+
+
+def load_finetuned(
+    checkpoint: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    trainable: bool = False,
+    **load_options: Any,
+) -> tuple[PeftModel, Processor]:
+    """Load a base model together with an adapter that was trained on it.
+
+    Args:
+        checkpoint: A ``checkpoint-N`` folder (or any folder with ``peft``'s two adapter files).
+        base: Hub id or folder of the base, if it is no longer where the adapter says.
+        trainable: Whether the adapter shall be trained further.
+        **load_options: Passed on to :func:`load_model`.
+
+    Returns:
+        The model in evaluation mode, ready for ``generate``, and its processor.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its adapter files is missing.
+        ValueError: If the adapter's tensors do not fit the base.
+    """
+    folder = Path(checkpoint)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(
+                f"{folder / file} is missing: expected a checkpoint-N folder of a training run"
+            )
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = not trainable
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"{folder / 'adapter_config.json'} names no base model: pass base=...")
+    # Read on the CPU, before the base takes the GPU's memory.
+    tensors = load_file(folder / "adapter_model.safetensors", device="cpu")
+    model, processor = load_model(base, **load_options)
+    peft_model = _attach(model, config)
+    load_adapter(peft_model, tensors, str(folder / "adapter_model.safetensors"))
+    return peft_model.eval(), processor
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors under the names of ``peft``'s own file format."""
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return tensors
+
+
+def load_adapter(model: PeftModel, tensors: dict[str, Tensor], source: str) -> None:
+    """Load an adapter's tensors, all of them or none.
+
+    Raises:
+        ValueError: If a tensor is missing, unknown or of another shape; the message names it.
+    """
+    expected = adapter_tensors(model)
+    problems = [f"{key} is missing" for key in sorted(expected.keys() - tensors.keys())]
+    problems += [f"{key} is unknown" for key in sorted(tensors.keys() - expected.keys())]
+    problems += [
+        f"{key} has shape {tuple(tensors[key].shape)}, the model {tuple(expected[key].shape)}"
+        for key in sorted(expected.keys() & tensors.keys())
+        if expected[key].shape != tensors[key].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError(
+            f"the adapter {source} does not fit this model: {'; '.join(problems[:3])}{more}; "
+            "it was trained on another base, or with another LoRA configuration"
+        )
+    set_peft_model_state_dict(model, tensors)
+
+
+def adapter_config(model: PeftModel) -> dict[str, Any]:
+    """The content of ``peft``'s ``adapter_config.json``, ready for inference."""
+    config = model.peft_config[model.active_adapter].to_dict()
+    config["inference_mode"] = True
+    # Sets have no order; sorted, the same adapter always gives the same file.
+    plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    result: dict[str, Any] = json.loads(json.dumps(plain, default=str))
+    return result
+
+
+def trainable_parameters(model: Model) -> dict[str, Parameter]:
+    """The parameters that training changes, by name.
+
+    Raises:
+        ValueError: If there are none, or one is not fp32 (its gradient could not be unscaled).
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("the model has no trainable parameter: call add_lora(model) first")
+    for name, parameter in trainable.items():
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f"trainable parameter {name} is {parameter.dtype}: expected float32, the dtype "
+                "add_lora gives; fp16 gradients of fp16 weights cannot be unscaled"
+            )
+    return trainable
+
+
+def num_embeddings(model: Model) -> int:
+    """Token ids the model can embed: the vocabulary and the additional tokens."""
+    embedding = model.get_input_embeddings()
+    return int(embedding.num_embeddings + embedding.num_additional_embeddings)
+
+
+def compute_dtype(model: Model) -> torch.dtype:
+    """The dtype of the unquantised parts, in which the quantised layers compute as well."""
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+    return dtype
+
+
+def set_compute_dtype(model: Model, dtype: torch.dtype) -> None:
+    """Let the whole frozen base compute in ``dtype``; the adapter stays fp32.
+
+    From fp16 to fp32 nothing is lost; between fp16 and bf16 the unquantised weights are rounded.
+    """
+    if compute_dtype(model) == dtype:
+        return
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in _linear4bit_modules(model):
+        module.compute_dtype = dtype
+        module.weight.quant_state.dtype = dtype  # dequantise straight to it, without a cast
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Automatic mixed precision in ``dtype``; fp32 switches it off."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+@contextmanager
+def evaluation_mode(model: Model) -> Iterator[None]:
+    """No gradients, no dropout; afterwards every module is back in its own mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(next(model.parameters()).device, compute_dtype(model)):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def set_activation_checkpointing(model: PeftModel, enabled: bool) -> None:
+    """Recompute layers in the backward pass instead of keeping their activations, or stop that."""
+    base = model.get_base_model()
+    # transformers renames gradient_checkpointing_* to activation_checkpointing_*.
+    prefix = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    if enabled:
+        # Reentrant checkpointing gives no gradient to layers whose input requires none, which is
+        # the whole vision tower.
+        getattr(base, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(base, f"{prefix}_checkpointing_disable")()
+
+
+def training_flops(config: IdeficsConfig, num_tokens: int, num_images: int) -> float:
+    """Floating-point operations of forward and backward over a frozen base.
+
+    Each weight costs a multiplication and an addition per token in the forward pass, and the same
+    again for the activations' gradient; attention scores and the adapter's few operations are left
+    out, and nothing is recomputed.
+
+    Args:
+        config: The base model's configuration.
+        num_tokens: Text tokens.
+        num_images: Images.
+    """
+    hidden, mlp = config.hidden_size, 3 * config.hidden_size * config.intermediate_size
+    vision, width = config.vision_config, config.vision_config.embed_dim
+    cross_layers = config.num_hidden_layers // config.cross_layer_interval
+    per_token = (
+        config.num_hidden_layers * (4 * hidden**2 + mlp)
+        + cross_layers * (2 * hidden**2 + mlp)
+        + hidden * (config.vocab_size + config.additional_vocab_size)
+    )
+    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    per_image = patches * (
+        vision.num_hidden_layers * (4 * width**2 + 2 * width * vision.intermediate_size)
+    )
+    latents = patches  # without a resampler the text attends to the patches
+    if config.use_resampler:
+        perceiver = config.perceiver_config
+        latents = perceiver.resampler_n_latents
+        inner = perceiver.resampler_n_heads * perceiver.resampler_head_dim
+        queries = latents * 2 * width * inner  # query and output projections
+        keys_values = (patches + latents) * 2 * width * inner
+        per_image += perceiver.resampler_depth * (queries + keys_values + latents * 8 * width**2)
+    per_image += cross_layers * latents * 2 * width * hidden
+    return 4.0 * (per_token * num_tokens + per_image * num_images)
+
+
+def _attach(model: IdeficsForVisionText2Text, config: LoraConfig) -> PeftModel:
+    with warnings.catch_warnings():
+        # peft asks the model for a property that transformers has renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        return get_peft_model(model, config)
+
+
+def _checked_source(checkpoint: str | os.PathLike[str]) -> str:
+    name = os.fspath(checkpoint)
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        if isinstance(checkpoint, str) and is_hub_id:
+            return name
+        raise FileNotFoundError(
+            f"there is no folder {name!r}: expected a checkpoint's folder or a Hub id"
+        )
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no config.json: expected a folder as save_pretrained writes it "
+            "(config.json, weights, tokenizer and image processor files)"
+        )
+    return str(folder)
+
+
+def _linear4bit_modules(model: Model) -> list[Any]:
+    import bitsandbytes as bnb  # loads its native library
+
+    return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+
+
+def _keep_trainable_on_cpu(model: Model) -> None:
+    """Keep bitsandbytes from repacking CPU weights for inference.
+
+    On a CPU with AVX512-BF16 an evaluation forward would repack each ``Linear4bit``, after which
+    the next training forward raises, or silently gives no gradient.
+    """
+    for module in _linear4bit_modules(model):
+        module.support_avx512bf16_for_cpu = False

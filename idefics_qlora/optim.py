@@ -1,0 +1,109 @@
+"""The optimizer and the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from idefics_qlora.config import TrainConfig
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+
+
+def lr_at(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Learning rate of optimizer step ``step`` (0 is the first).
+
+    A pure function, so there is no scheduler state to save. The curves are those of
+    ``transformers.get_scheduler``: a linear rise over ``warmup_steps``, then linear or half a
+    cosine to 0 at ``total_steps``, or constant.
+
+    Args:
+        step: Optimizer steps done before this one; skipped fp16 updates do not count.
+        total_steps: Optimizer steps of the run.
+        config: Gives ``learning_rate``, ``lr_scheduler_type`` and ``warmup_steps``.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step / max(1, config.warmup_steps))
+    if config.lr_scheduler_type == "constant":
+        return config.learning_rate
+    decay_steps = max(1, total_steps - config.warmup_steps)
+    if config.lr_scheduler_type == "linear":
+        return config.learning_rate * max(0.0, (total_steps - step) / decay_steps)
+    progress = (step - config.warmup_steps) / decay_steps
+    return config.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(parameters: Iterable[Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over the adapter: paged with 8-bit states, or PyTorch's own.
+
+    bitsandbytes keeps states of tensors under 4,096 elements in 32 bits, and pages only states
+    from 100,000 elements on; on a CPU nothing is paged.
+    """
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": BETAS,
+        "eps": EPS,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optim == "adamw_torch":
+        return torch.optim.AdamW(list(parameters), **settings)
+    import bitsandbytes as bnb  # loads its native library
+
+    parameters = list(parameters)
+    # Only a GPU has something to page to; on a CPU the paged class would just warn of that.
+    on_gpu = parameters[0].device.type == "cuda"
+    kind = bnb.optim.PagedAdamW8bit if on_gpu else bnb.optim.AdamW8bit
+    optimizer: torch.optim.Optimizer = kind(parameters, **settings)
+    return optimizer
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, names: dict[Parameter, str]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The optimizer's state keyed by parameter name instead of by position.
+
+    Args:
+        optimizer: As :func:`make_optimizer` gave it.
+        names: Name of every parameter it holds.
+
+    Returns:
+        Tensors as ``{"<parameter>::<key>": tensor}``, and what is no tensor as
+        ``{parameter: {key: value}}``.
+    """
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for parameter, name in names.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}::{key}"] = value.detach()
+            else:
+                scalars.setdefault(name, {})[key] = value
+    return tensors, scalars
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    names: dict[Parameter, str],
+    tensors: dict[str, Tensor],
+    scalars: dict[str, dict[str, Any]],
+) -> None:
+    """Put a state from :func:`optimizer_state` back."""
+    by_name: dict[str, dict[str, Any]] = {name: dict(values) for name, values in scalars.items()}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition("::")
+        by_name.setdefault(name, {})[entry] = tensor
+    known = set(names.values())
+    if by_name.keys() - known:
+        raise ValueError(
+            f"the optimizer state belongs to other parameters: {sorted(by_name.keys() - known)[:3]}"
+        )
+    groups = optimizer.state_dict()["param_groups"]
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {i: by_name[names[p]] for i, p in enumerate(order) if names[p] in by_name}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

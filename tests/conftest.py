@@ -1,0 +1,94 @@
+"""Fixtures every test may use; nothing here is written outside pytest's temporary folders."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and transformers are imported: no network, no threads fighting over two cores.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import idefics_qlora as iq
+
+QUESTION = "Question: What's on the picture? Answer:"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the GPU tests where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    """A test leaves the environment and PyTorch's global switches as it found them."""
+    before = global_state()
+    yield
+    assert global_state() == before
+
+
+def global_state() -> tuple:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    switches = (torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype())
+    return environment, switches
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """A picture of 120 x 160 pixels with a gradient in every direction."""
+    red = np.linspace(0, 255, 120)[None, :].repeat(160, 0)
+    green = np.linspace(0, 255, 160)[:, None].repeat(120, 1)
+    pixels = np.stack([red, green, 255 - red], axis=2).astype(np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def base() -> tuple:
+    """The tiny base in 4 bits, and its processor."""
+    return iq.tiny.load_model(device="cpu")
+
+
+@pytest.fixture
+def processor(base: tuple):
+    """The tiny base's processor."""
+    return base[1]
+
+
+@pytest.fixture
+def lora(base: tuple):
+    """The tiny base with fresh LoRA adapters; the second half of them starts at zero."""
+    return iq.add_lora(base[0])
+
+
+@pytest.fixture(scope="session")
+def cards() -> list[dict]:
+    """Forty training cards."""
+    return iq.tiny.creature_cards(40, seed=0)
+
+
+@pytest.fixture(scope="session")
+def examples(cards: list[dict]) -> list[iq.Example]:
+    """The cards as examples, their texts of very different lengths."""
+    return [
+        iq.Example([card["image"], QUESTION], f" This is {card['name']}." + " It is." * (i % 7))
+        for i, card in enumerate(cards)
+    ]

@@ -1,0 +1,110 @@
+"""What only a CUDA GPU can show; ``pytest -m gpu`` runs these alone."""
+
+import copy
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+import idefics_qlora as iq
+from idefics_qlora.examples import pokemon_card_example
+from idefics_qlora.model import adapter_tensors
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def on_gpu():
+    """The tiny base on the GPU with fresh adapters, and its processor."""
+    model, processor = iq.tiny.load_model(device="cuda:0")
+    return iq.add_lora(model), processor
+
+
+def test_load_puts_everything_on_the_gpu_in_4_bits(on_gpu):
+    """No parameter stays behind on the CPU, and linear layers are NF4 with fp16 compute."""
+    model, _ = on_gpu
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    quantised = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(quantised) == 52
+    assert all(m.weight.quant_state.nested and m.compute_dtype == torch.float16 for m in quantised)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_training_learns(on_gpu, tmp_path, cards, precision):
+    """The recipe's loop, with the paged optimizer, lowers the loss in every precision."""
+    model, processor = on_gpu
+    config = iq.TrainConfig(
+        output_dir=tmp_path,
+        max_steps=20,
+        learning_rate=2e-3,
+        precision=precision,
+        logging_steps=5,
+        eval_steps=10,
+        save_steps=10,
+    )
+    result = iq.train(model, processor, cards, cards[:8], config=config)
+    losses = [record["loss"] for record in result.log_history if "loss" in record]
+    assert losses[-1] < 0.7 * losses[0]
+    assert result.metrics["skipped_windows"] == 0
+    assert result.best_checkpoint is not None
+
+
+def test_the_optimizer_pages_large_states_and_holds_8_bit_ones():
+    """From 100,000 elements on, the recipe's optimizer keeps its states in paged memory."""
+    from idefics_qlora.optim import make_optimizer
+
+    parameter = torch.nn.Parameter(torch.randn(400, 400, device="cuda:0"))
+    optimizer = make_optimizer([parameter], iq.TrainConfig(output_dir="unused"))
+    assert isinstance(optimizer, bnb.optim.PagedAdamW8bit)
+    before = parameter.detach().clone()
+    parameter.square().sum().backward()
+    optimizer.step()
+    state = optimizer.state[parameter]
+    assert state["state1"].dtype == torch.uint8
+    assert state["state1"].is_paged
+    assert not torch.equal(parameter, before)
+
+
+def test_generation_is_the_same_batched_and_alone(on_gpu, cards):
+    """Left padding and the image mask do not change greedy texts on the GPU."""
+    model, processor = on_gpu
+    examples = [pokemon_card_example(card) for card in cards[:4]]
+    prompts = [example.prompt for example in examples]
+    prompts[1] = [prompts[1][0], "Question: What is it? It is one of the cards. Answer:"]
+    together = iq.generate(model, processor, prompts, max_new_tokens=12)
+    alone = [iq.generate(model, processor, [p], max_new_tokens=12)[0] for p in prompts]
+    assert together == alone
+
+
+def test_a_checkpoint_goes_on_exactly(on_gpu, tmp_path, cards):
+    """On the GPU too, a run continued from its checkpoint continues dropout, scale and states."""
+    model, processor = on_gpu
+    start = copy.deepcopy(adapter_tensors(model))
+
+    def run(folder, steps, resume):
+        config = iq.TrainConfig(
+            output_dir=tmp_path / folder,
+            max_steps=6,
+            eval_steps=steps,
+            save_steps=steps,
+            resume=resume,
+            lr_scheduler_type="constant",
+        )
+        return iq.train(model, processor, cards, cards[:4], config=config)
+
+    run("whole", 3, "never")
+    resumed_from = tmp_path / "whole" / "checkpoint-3"
+    whole = iq.load_finetuned(tmp_path / "whole" / "checkpoint-6", device="cuda:0")[0]
+    for name, tensor in adapter_tensors(model).items():
+        tensor.copy_(start[name])
+    run("resumed", 6, resumed_from)
+    resumed = iq.load_finetuned(tmp_path / "resumed" / "checkpoint-6", device="cuda:0")[0]
+    for name, tensor in adapter_tensors(whole).items():
+        torch.testing.assert_close(adapter_tensors(resumed)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_full_size_benchmark_runs_small(capsys):
+    """The benchmark that builds 9b builds and trains its small architecture on the GPU."""
+    import full_size
+    summary = full_size.main(["--architecture", "small", "--steps", "4", "--num-tokens", "40"])
+    assert summary["last_loss"] < summary["first_loss"]
