@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from idefics_qlora.config import LossOn
 from idefics_qlora.examples import Example, PromptItem, ToExample, as_example, is_text, naming_row
@@ -438,25 +438,25 @@ class _CountFrom(Sampler[int]):
 
 def window_loader(windows: Windows, first: int, num_workers: int, pin: bool) -> DataLoader[Window]:
     """Windows from number ``first`` on, without end, loaded ahead by worker processes."""
-    return DataLoader(
-        windows,
-        batch_size=None,
-        sampler=_CountFrom(first),
-        num_workers=num_workers,
-        pin_memory=pin,
-        worker_init_fn=_single_thread,
-    )
+    return _loader(windows, _CountFrom(first), num_workers, pin)
 
 
 def eval_loader(batches: EvalBatches, num_workers: int, pin: bool) -> DataLoader[Batch]:
     """The evaluation batches in order."""
+    return _loader(batches, SequentialSampler(batches), min(num_workers, len(batches)), pin)
+
+
+def _loader(items: Dataset[Any], sampler: Sampler[int], num_workers: int, pin: bool) -> Any:
     return DataLoader(
-        batches,
+        items,
         batch_size=None,
-        shuffle=False,
-        num_workers=min(num_workers, len(batches)),
+        sampler=sampler,
+        num_workers=num_workers,
         pin_memory=pin,
         worker_init_fn=_single_thread,
+        # Without a generator of its own, each iterator would draw a seed from the global one, and
+        # an evaluation or a restart would shift the dropout masks.
+        generator=torch.Generator(),
     )
 
 

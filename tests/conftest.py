@@ -8,6 +8,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import copy
 import random
 from collections.abc import Iterator
 
@@ -61,22 +62,27 @@ def picture() -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.fixture
-def base() -> tuple:
-    """The tiny base in 4 bits, and its processor."""
+@pytest.fixture(scope="session")
+def _loaded() -> tuple:
     return iq.tiny.load_model(device="cpu")
 
 
 @pytest.fixture
-def processor(base: tuple):
+def base(_loaded: tuple):
+    """The tiny base in 4 bits; a copy, so that a test may do with it what it likes."""
+    return copy.deepcopy(_loaded[0])
+
+
+@pytest.fixture(scope="session")
+def processor(_loaded: tuple):
     """The tiny base's processor."""
-    return base[1]
+    return _loaded[1]
 
 
 @pytest.fixture
-def lora(base: tuple):
-    """The tiny base with fresh LoRA adapters; the second half of them starts at zero."""
-    return iq.add_lora(base[0])
+def lora(base):
+    """The tiny base with the recipe's fresh adapters."""
+    return iq.add_lora(base)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,228 @@
+"""Batches and windows: interleaving, labels, order.
+
+Shapes: B examples, T tokens, N images per example.
+"""
+
+import pytest
+import torch
+
+import idefics_qlora as iq
+from idefics_qlora.batches import (
+    IGNORE,
+    Collator,
+    EvalBatches,
+    RowReader,
+    Windows,
+    epoch_order,
+    eval_loader,
+    window_loader,
+)
+
+QUESTION = "Question: What's on the picture? Answer:"
+
+
+@pytest.fixture
+def collator(processor):
+    return Collator(processor)
+
+
+def prompts_of_every_kind(picture):
+    return [
+        [picture, QUESTION],
+        ["User:", picture, "Describe it.\nAssistant:"],
+        [picture, picture, "Which is larger?"],
+        ["One ", picture, " and ", picture, picture, " of them. "],
+        ["Only text, no picture."],
+    ]
+
+
+def test_prompts_equal_the_processors(collator, processor, picture):
+    """Ids, masks and pixels are, to the bit, those of IdeficsProcessor(text=...)."""
+    prompts = prompts_of_every_kind(picture)
+    theirs = processor(text=prompts, padding="longest", return_tensors="pt")
+    pixels = [collator.pixels(prompt) for prompt in prompts]
+    tokens = collator.prompt_tokens(prompts)
+    ours = collator.collate(tokens, pixels, processor.tokenizer.padding_side).inputs()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor.to(theirs[name].dtype), theirs[name]), name
+
+
+def test_every_text_token_after_an_image_sees_it(collator, picture):
+    """No example is blind: each token attends to the latest image before it, and to no other."""
+    examples = [iq.Example(prompt, " An answer.") for prompt in prompts_of_every_kind(picture)]
+    batch = collator(examples)
+    for b in range(len(examples)):
+        seen = -1
+        for t in range(int(batch.attention_mask[b].sum())):
+            seen += int(batch.input_ids[b, t] == collator.image_id)
+            expected = torch.zeros(batch.image_attention_mask.shape[2], dtype=torch.bool)
+            if seen >= 0:
+                expected[seen] = True
+            assert torch.equal(batch.image_attention_mask[b, t], expected)
+    assert not batch.image_attention_mask[4].any()  # the example without an image
+
+
+def test_the_processors_nested_call_is_blind(processor, picture):
+    """The trap that the collator exists for: images=, text= puts the image behind its question."""
+    theirs = processor(images=[[picture]], text=[QUESTION], return_tensors="pt")
+    image_at = (theirs["input_ids"][0] == processor.image_token_id).nonzero().item()
+    assert theirs["image_attention_mask"][0, :image_at].sum() == 0
+
+
+def test_targets_of_the_completion(collator, processor, picture):
+    """By default the completion and the end token are learnt, and nothing else."""
+    batch = collator([iq.Example([picture, QUESTION], " This is it."), iq.Example(["Q"], " A")])
+    learnt = batch.labels[0][batch.labels[0] != IGNORE]
+    assert processor.tokenizer.decode(learnt).strip() == "This is it.</s>"
+    assert (batch.labels == IGNORE).logical_or(batch.labels == batch.input_ids).all()
+    assert (batch.labels[batch.attention_mask == 0] == IGNORE).all()
+
+
+def test_targets_of_all_text(processor, picture):
+    """With loss_on="all" the prompt is learnt too; padding, image and begin tokens never are."""
+    collator = Collator(processor, loss_on="all")
+    batch = collator([iq.Example([picture, QUESTION], " This is it."), iq.Example(["Q"], " A")])
+    never = torch.isin(batch.input_ids, collator.never_target) | (batch.attention_mask == 0)
+    assert torch.equal(batch.labels == IGNORE, never)
+
+
+def test_the_end_token_is_a_target(collator, processor, picture):
+    """Appended as an id, so a model learns to stop."""
+    (tokens,) = collator.tokens([iq.Example([picture, QUESTION], " This.")])
+    assert tokens.ids[-1] == processor.tokenizer.eos_token_id
+    assert tokens.ids[0] == processor.tokenizer.bos_token_id
+    assert tokens.ids.count(processor.tokenizer.bos_token_id) == 1
+
+
+def test_generation_sees_the_prompt_that_was_trained(collator, picture):
+    """The training tokens begin with the prompt's own tokens, trailing spaces or not."""
+    for question in (QUESTION, QUESTION + " "):
+        completion = " This is it." if question == QUESTION else "This is it."
+        (tokens,) = collator.tokens([iq.Example([picture, question], completion)])
+        (prompt,) = collator.prompt_tokens([[picture, question]])
+        assert tokens.ids[: tokens.first_target] == prompt.ids
+        (reference,) = collator.tokens([iq.Example([picture, QUESTION], " This is it.")])
+        assert tokens == reference
+
+
+def test_data_cannot_forge_control_tokens(collator, picture):
+    """A literal <image> or </s> in a text is text."""
+    text = "a <image> and </s> and <fake_token_around_image>"
+    (tokens,) = collator.tokens([iq.Example([picture, text], f" {text}")])
+    assert tokens.ids.count(collator.image_id) == 1
+    assert tokens.ids.count(collator.tokenizer.eos_token_id) == 1
+    assert "< image>" in collator.tokenizer.decode(tokens.ids)
+
+
+def test_ids_beyond_the_embedding_are_named(processor, picture):
+    """A processor of another checkpoint is an error here, not a device assert later."""
+    collator = Collator(processor, num_embeddings=100)
+    reader = RowReader([iq.Example([picture, QUESTION], " x")], "train_rows", None, collator)
+    with pytest.raises(ValueError, match=r"train_rows\[0\]: token '<image>' has id .* below 100"):
+        reader.read(0)
+
+
+def test_left_padding_moves_nothing_else(collator, picture):
+    """Generation's left-padded batch holds the same tokens, labels and masks."""
+    prompts = prompts_of_every_kind(picture)
+    tokens = collator.tokens([iq.Example(prompt, " A.") for prompt in prompts])
+    pixels = [collator.pixels(prompt) for prompt in prompts]
+    right, left = (collator.collate(tokens, pixels, side) for side in ("right", "left"))
+    for b, row in enumerate(tokens):
+        n = len(row.ids)
+        for name in ("input_ids", "labels", "image_attention_mask"):
+            r, l = getattr(right, name)[b, :n], getattr(left, name)[b, -n:]
+            assert torch.equal(r, l), name
+
+
+def windows(processor, examples, **changes):
+    settings = {"seed": 7, "global_batch_size": 16, "micro_batch_size": 4, "augment": True}
+    reader = RowReader(examples, "train_rows", None, Collator(processor))
+    return Windows(reader, **{**settings, **changes})
+
+
+def equal(a, b):
+    names = ("input_ids", "labels", "attention_mask", "pixel_values", "image_attention_mask")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def test_a_window_is_a_function_of_its_number(processor, examples):
+    """Asked again, in another order or by worker processes: the same window to the bit."""
+    first = windows(processor, examples)
+    expected = [first[w] for w in range(4)]  # 40 rows: window 2 crosses into the second epoch
+    again = windows(processor, examples)
+    for w in (3, 1, 2, 0):
+        assert all(map(equal, again[w].batches, expected[w].batches))
+    for workers in (0, 2):
+        loader = iter(window_loader(again, 1, workers, pin=False))
+        for w in (1, 2, 3):
+            window = next(loader)
+            assert window.rows == expected[w].rows
+            assert all(map(equal, window.batches, expected[w].batches))
+        del loader
+
+
+def test_another_seed_gives_other_windows(processor, examples):
+    """The seed decides order and crops."""
+    a, b = windows(processor, examples)[0], windows(processor, examples, seed=8)[0]
+    assert a.rows != b.rows
+
+
+def test_every_epoch_is_a_permutation(processor, examples):
+    """Each row comes once per epoch, windows go on without a break at the border."""
+    every = windows(processor, examples)
+    positions = [position for w in range(5) for position in every.positions(w)]  # 80 = two epochs
+    for epoch in (0, 1):
+        assert sorted(row for e, row in positions if e == epoch) == list(range(40))
+    orders = [[row for e, row in positions if e == epoch] for epoch in (0, 1)]
+    assert orders[0] != orders[1]
+    assert epoch_order(7, 0, 40).tolist() == orders[0]
+
+
+def test_micro_batches_hold_the_same_examples(processor, examples):
+    """The micro-batch size cuts a window differently and changes nothing in it."""
+    whole = windows(processor, examples, micro_batch_size=16)[0]
+    parts = windows(processor, examples, micro_batch_size=3)[0]
+    assert [len(batch.input_ids) for batch in parts.batches] == [3, 3, 3, 3, 3, 1]
+    assert (whole.num_targets, whole.num_tokens, whole.rows) == (
+        parts.num_targets,
+        parts.num_tokens,
+        parts.rows,
+    )
+    lengths = [int(batch.attention_mask.sum(1).max()) for batch in parts.batches]
+    assert lengths == sorted(lengths, reverse=True)
+    assert sum(batch.num_targets for batch in parts.batches) == parts.num_targets
+
+
+def test_augmentation_crops_each_epoch_anew(processor, examples):
+    """A row's picture differs between epochs; without augmentation it is the processor's."""
+    reader = RowReader(examples[:1], "train_rows", None, Collator(processor))
+    settings = {"seed": 7, "global_batch_size": 1, "micro_batch_size": 1}
+    cropped = Windows(reader, augment=True, **settings)
+    pictures = [cropped[w].batches[0].pixel_values for w in range(4)]
+    assert not all(torch.equal(pictures[0], other) for other in pictures[1:])
+    plain = Windows(reader, augment=False, **settings)[0].batches[0]
+    (expected,) = reader.collator.pixels(examples[0].prompt)
+    assert torch.equal(plain.pixel_values[0, 0], expected)
+
+
+def test_evaluation_keeps_the_order(processor, examples):
+    """Every row once, in order, the last batch smaller."""
+    batches = EvalBatches(RowReader(examples[:7], "eval_rows", None, Collator(processor)), 3)
+    sizes = [len(batch.input_ids) for batch in eval_loader(batches, 0, pin=False)]
+    assert sizes == [3, 3, 1]
+    assert equal(batches[1], Collator(processor)(examples[3:6]))
+
+
+@pytest.mark.parametrize("rows", [[], {}])
+def test_no_rows_is_an_error(processor, rows):
+    """An empty training set is found before anything is computed."""
+    with pytest.raises(ValueError, match="train_rows is empty"):
+        RowReader(rows, "train_rows", None, Collator(processor))
+
+
+def test_rows_need_a_length(processor):
+    """A generator cannot be drawn from by number."""
+    with pytest.raises(TypeError, match="train_rows is a generator: expected a sequence"):
+        RowReader((row for row in ()), "train_rows", None, Collator(processor))

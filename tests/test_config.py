@@ -1,0 +1,114 @@
+"""TrainConfig: defaults are the recipe, and every wrong value is named at once."""
+
+import dataclasses
+
+import pytest
+
+import idefics_qlora as iq
+
+
+def test_defaults_are_the_tutorials_recipe():
+    """Someone who sets nothing gets the tutorial's numbers."""
+    config = iq.TrainConfig(output_dir="runs")
+    recipe = {
+        "global_batch_size": 16,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 8,
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "precision": "fp16",
+        "optim": "paged_adamw_8bit",
+        "logging_steps": 20,
+        "eval_steps": 20,
+        "save_steps": 40,
+        "save_total_limit": 3,
+        "load_best_model_at_end": True,
+        "eval_batch_size": 2,
+        "seed": 42,
+    }
+    assert {name: getattr(config, name) for name in recipe} == recipe
+
+
+def test_fields_are_frozen_names():
+    """A field is only added or renamed on purpose: users write them in their scripts."""
+    assert [field.name for field in dataclasses.fields(iq.TrainConfig)] == [
+        "output_dir",
+        "max_steps",
+        "num_train_epochs",
+        "global_batch_size",
+        "micro_batch_size",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "precision",
+        "optim",
+        "gradient_checkpointing",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "load_best_model_at_end",
+        "eval_batch_size",
+        "loss_on",
+        "augment",
+        "resume",
+        "seed",
+        "num_workers",
+    ]
+
+
+def test_every_problem_is_reported_at_once():
+    """One failed start is enough to correct a configuration."""
+    with pytest.raises(ValueError, match="cannot work") as caught:
+        iq.TrainConfig(
+            output_dir="",
+            max_steps=0,
+            micro_batch_size=2.5,
+            learning_rate=float("nan"),
+            precision="fp8",
+            optim="sgd",
+            lr_scheduler_type="step",
+            loss_on="prompt",
+            augment="yes",
+            max_grad_norm=-1,
+        )
+    message = str(caught.value)
+    for problem in (
+        "output_dir=''",
+        "max_steps=0",
+        "micro_batch_size=2.5",
+        "learning_rate=nan",
+        "precision='fp8': expected one of fp16, bf16, fp32",
+        "optim='sgd'",
+        "lr_scheduler_type='step'",
+        "loss_on='prompt'",
+        "augment='yes'",
+        "max_grad_norm=-1",
+    ):
+        assert problem in message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"micro_batch_size": 32}, "larger than global_batch_size=16"),
+        ({"warmup_steps": 50, "max_steps": 40}, "never reach its peak"),
+        ({"save_steps": 30}, "not a multiple of eval_steps=20"),
+    ],
+)
+def test_values_that_contradict_each_other(values, message):
+    """Fields that are fine alone but not together are refused, with the way out."""
+    with pytest.raises(ValueError, match=message):
+        iq.TrainConfig(output_dir="runs", **values)
+
+
+def test_steps_follow_from_epochs():
+    """Without max_steps, the epochs decide, the last window included."""
+    config = iq.TrainConfig(output_dir="runs", num_train_epochs=1.5)
+    assert config.total_steps(100) == 10  # 150 examples, 16 at a time
+    assert iq.TrainConfig(output_dir="runs", max_steps=7).total_steps(100) == 7

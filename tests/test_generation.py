@@ -1,0 +1,105 @@
+"""Texts from a model."""
+
+import pytest
+import torch
+
+import idefics_qlora as iq
+from idefics_qlora.batches import AROUND_IMAGE, IMAGE_TOKEN
+from idefics_qlora.model import set_compute_dtype
+
+QUESTION = "Question: What's on the picture? Answer:"
+
+
+def test_batches_give_what_single_prompts_give(base, processor, picture, cards):
+    """Left padding, several images, text alone and text before images do not disturb each other."""
+    set_compute_dtype(base, torch.float32)  # rounding in fp16 could turn a near tie
+    image = cards[0]["image"]
+    prompts = [
+        [picture, QUESTION],
+        ["A long text before the picture. It goes on.", image, "What?"],
+        [picture, image, "Which one is"],
+        ["No picture at all"],
+        [image, "A"],
+    ]
+    together = iq.generate(base, processor, prompts, max_new_tokens=10)
+    alone = [iq.generate(base, processor, [prompt], max_new_tokens=10)[0] for prompt in prompts]
+    assert together == alone
+    assert together == iq.generate(base, processor, prompts, max_new_tokens=10, batch_size=2)
+
+
+def test_only_the_new_text_unless_asked(base, processor, picture):
+    """The prompt is not repeated; return_full_text gives it too, without image tokens."""
+    prompt = [picture, "A picture of"]
+    new = iq.generate(base, processor, [prompt], max_new_tokens=6)[0]
+    full = iq.generate(base, processor, [prompt], max_new_tokens=6, return_full_text=True)[0]
+    assert full.strip().startswith("A picture of")
+    assert full.endswith(new)
+    assert IMAGE_TOKEN not in full
+
+
+def test_image_tokens_are_never_produced(base, processor, picture):
+    """Even a model that wants nothing but image tokens writes none."""
+    ids = processor.tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, AROUND_IMAGE])
+
+    def wants_images(module, inputs, logits):
+        logits[..., ids] = 1e4
+        return logits
+
+    base.lm_head.register_forward_hook(wants_images)
+    produced = []
+    base.register_forward_hook(lambda m, i, out: produced.append(out.logits.argmax(-1)))
+    text = iq.generate(base, processor, [[picture, QUESTION]], max_new_tokens=5)[0]
+    assert all(torch.isin(p, torch.tensor(ids)).all() for p in produced)  # it did want them
+    encoded = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert not set(ids) & set(encoded)
+    assert IMAGE_TOKEN not in text
+
+
+def test_it_stops_at_the_end_token(base, processor, picture):
+    """A model that says the end token says nothing more."""
+    end = processor.tokenizer.eos_token_id
+    calls = []
+
+    def ends(module, inputs, logits):
+        calls.append(1)
+        logits[..., end] = 1e4
+        return logits
+
+    base.lm_head.register_forward_hook(ends)
+    assert iq.generate(base, processor, [[picture, QUESTION]], max_new_tokens=50) == [""]
+    assert len(calls) == 1
+
+
+def test_greedy_unless_asked(base, processor, picture):
+    """The same prompt gives the same text; sampling is an option of transformers' generate."""
+    prompt = [[picture, QUESTION]]
+    texts = {iq.generate(base, processor, prompt, max_new_tokens=8)[0] for _ in range(2)}
+    assert len(texts) == 1
+    sampled = {
+        iq.generate(base, processor, prompt, max_new_tokens=8, do_sample=True, temperature=5.0)[0]
+        for _ in range(4)
+    }
+    assert len(sampled) > 1
+
+
+def test_modes_are_restored(lora, processor, picture):
+    """Generating in the middle of training does not switch dropout off."""
+    lora.train()
+    modes = [module.training for module in lora.modules()]
+    iq.generate(lora, processor, [[picture, QUESTION]], max_new_tokens=2)
+    assert [module.training for module in lora.modules()] == modes
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["What?"], r"prompts\[0\]: prompt='What\?': expected a list"),
+        ([["fine"], []], r"prompts\[1\]: prompt=\[\] is empty"),
+        ([[{"path": "no.png"}]], r"'no.png' of prompts\[0\]: there is no such file"),
+    ],
+)
+def test_bad_prompts_are_named(base, processor, prompts, message):
+    """The error says which prompt."""
+    with pytest.raises(ValueError, match=message):
+        iq.generate(base, processor, prompts)
