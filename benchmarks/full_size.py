@@ -12,6 +12,7 @@ weights mean nothing beyond being finite and falling.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -216,7 +217,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             on_log=on_log,
         )
     # The first steps load kernels and fill caches; the rest is timed step by step.
-    seconds = statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))
+    seconds = statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
     losses = [record["loss"] for record in result.log_history if "loss" in record]
     tokens = result.metrics["train_tokens_per_second"] / result.metrics["train_samples_per_second"]
     summary = {

@@ -132,8 +132,7 @@ def test_left_padding_moves_nothing_else(collator, picture):
     for b, row in enumerate(tokens):
         n = len(row.ids)
         for name in ("input_ids", "labels", "image_attention_mask"):
-            r, l = getattr(right, name)[b, :n], getattr(left, name)[b, -n:]
-            assert torch.equal(r, l), name
+            assert torch.equal(getattr(right, name)[b, :n], getattr(left, name)[b, -n:]), name
 
 
 def windows(processor, examples, **changes):

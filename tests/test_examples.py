@@ -66,18 +66,27 @@ def test_known_formats_need_no_function(picture):
         ({"prompt": "What?", "completion": "x"}, "expected a list of images and texts"),
         ({"prompt": [], "completion": "x"}, r"prompt=\[\] is empty"),
         ({"prompt": ["https://host/a.png"], "completion": "x"}, "bare URL.*open_image"),
-        ({"prompt": [3.5], "completion": "x"}, "prompt item 3.5 .float.: expected text or an image"),
+        (
+            {"prompt": [3.5], "completion": "x"},
+            "prompt item 3.5 .float.: expected text or an image",
+        ),
     ],
 )
 def test_bad_rows_say_what_is_wrong(row, message):
     """The error names the row, the value and what was expected."""
-    with pytest.raises(ValueError, match=rf"train_rows\[3\]: .*{message}"), naming_row("train_rows[3]"):
+    with (
+        pytest.raises(ValueError, match=rf"train_rows\[3\]: .*{message}"),
+        naming_row("train_rows[3]"),
+    ):
         as_example(row)
 
 
 def test_missing_column_and_wrong_return_are_named(picture):
     """Mistakes in the user's own function point to the row as well."""
-    with pytest.raises(ValueError, match="rows.0.: column 'title' is missing"), naming_row("rows[0]"):
+    with (
+        pytest.raises(ValueError, match="rows.0.: column 'title' is missing"),
+        naming_row("rows[0]"),
+    ):
         as_example({}, lambda row: iq.Example([picture], row["title"]))
     with pytest.raises(ValueError, match="to_example returned"), naming_row("rows[0]"):
         as_example({}, lambda row: None)
@@ -86,7 +95,10 @@ def test_missing_column_and_wrong_return_are_named(picture):
 def test_a_bad_image_names_its_row():
     """BadImage stays BadImage, with the row in it."""
     row = {"name": "A", "caption": "B.", "image_url": "no/such.png"}
-    with pytest.raises(iq.BadImage, match=r"'no/such.png' of train_rows\[7\]"), naming_row("train_rows[7]"):
+    with (
+        pytest.raises(iq.BadImage, match=r"'no/such.png' of train_rows\[7\]"),
+        naming_row("train_rows[7]"),
+    ):
         as_example(row)
 
 

@@ -106,5 +106,6 @@ def test_a_checkpoint_goes_on_exactly(on_gpu, tmp_path, cards):
 def test_full_size_benchmark_runs_small(capsys):
     """The benchmark that builds 9b builds and trains its small architecture on the GPU."""
     import full_size
+
     summary = full_size.main(["--architecture", "small", "--steps", "4", "--num-tokens", "40"])
     assert summary["last_loss"] < summary["first_loss"]

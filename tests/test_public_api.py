@@ -37,7 +37,9 @@ def test_the_loop_is_our_own():
     package = Path(iq.__file__).parent
     for path in package.rglob("*.py"):
         code = path.read_text()
-        assert not re.search(r"import .*\bTrainer\b|TrainingArguments\(|import accelerate", code), path
+        assert not re.search(r"import .*\bTrainer\b|TrainingArguments\(|import accelerate", code), (
+            path
+        )
         assert "from accelerate" not in code, path
 
 

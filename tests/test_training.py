@@ -144,7 +144,9 @@ def test_the_window_decides_not_the_micro_batch(base, processor, examples):
             logits = model(**batch.inputs(), use_cache=False).logits
             loss = iq.training.summed_cross_entropy(logits, batch.labels) / window.num_targets
             loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        )
     reference = gradients[0]
     assert reference.norm() > 0
     for gradient in gradients[1:]:
@@ -243,9 +245,7 @@ def test_learning_lowers_the_loss(lora, processor, examples, tmp_path):
         save_total_limit=2,
         num_workers=0,
     )
-    result = iq.train(
-        lora, processor, examples, examples[:4], config=config, on_log=records.append
-    )
+    result = iq.train(lora, processor, examples, examples[:4], config=config, on_log=records.append)
     losses = [record["loss"] for record in records if "loss" in record]
     assert losses[-1] < 0.8 * losses[0]
     assert [record["step"] for record in records if "eval_loss" in record] == [2, 4, 6, 8, 10]

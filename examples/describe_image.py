@@ -1,0 +1,43 @@
+"""Describe pictures with a base model, or with a base model and your adapter.
+
+python examples/describe_image.py cat.jpg dog.png
+python examples/describe_image.py --adapter runs/pokemon-cards/checkpoint-40 card.png
+python examples/describe_image.py --checkpoint tiny drawing.png       # the embedded model
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import idefics_qlora as iq
+from idefics_qlora.examples import QUESTION
+
+
+def main(arguments: list[str] | None = None) -> list[str]:
+    """Print one text per picture, and return them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("images", nargs="+", help="files or http(s) URLs")
+    parser.add_argument(
+        "--checkpoint",
+        help="base: Hub id, folder, or 'tiny'; idefics-9b unless the adapter names one",
+    )
+    parser.add_argument("--adapter", help="a checkpoint-N folder")
+    parser.add_argument("--prompt", default=QUESTION, help=f"text behind the picture ({QUESTION})")
+    parser.add_argument("--max-new-tokens", type=int, default=50)
+    options = parser.parse_args(arguments)
+
+    base = str(iq.tiny.BASE) if options.checkpoint == "tiny" else options.checkpoint
+    images = [iq.images.open_image(source) for source in options.images]
+    if options.adapter:
+        model, processor = iq.load_finetuned(options.adapter, base=base)
+    else:
+        model, processor = iq.load_model(base or "HuggingFaceM4/idefics-9b")
+    prompts = [[image, options.prompt] for image in images]
+    texts = iq.generate(model, processor, prompts, max_new_tokens=options.max_new_tokens)
+    for source, text in zip(options.images, texts, strict=True):
+        print(f"{source}: {text.strip()}")
+    return texts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The example scripts and benchmarks, run as a user runs them, offline and small."""
+
+import functools
+import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import datasets
+import describe_image
+import finetune_pokemon_cards
+import full_size
+import loop
+import pytest
+import quickstart
+from safetensors.torch import load_file
+
+import idefics_qlora as iq
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served_cards(tmp_path):
+    """Twelve cards whose pictures are behind http URLs on loopback, saved as a dataset."""
+    rows = iq.tiny.creature_cards(12, seed=0, directory=tmp_path / "pictures")
+    handler = functools.partial(Quiet, directory=str(tmp_path / "pictures"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    for row in rows:
+        row["image_url"] = f"http://127.0.0.1:{server.server_port}/{row['id']}.png"
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "dataset")
+    yield tmp_path / "dataset"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_the_tutorial_runs_offline(served_cards, tmp_path, capsys):
+    """The whole tutorial with the tiny base and pictures fetched over http, then its adapter."""
+    result = finetune_pokemon_cards.main(
+        [
+            *("--checkpoint", str(iq.tiny.BASE)),
+            *("--dataset", str(served_cards)),
+            *("--output-dir", str(tmp_path / "run")),
+            *("--test-size", "0.25"),
+            *("--max-steps", "2", "--global-batch-size", "4"),
+            *("--eval-steps", "1", "--save-steps", "1", "--logging-steps", "1"),
+            *("--precision", "fp32", "--num-workers", "0", "--max-new-tokens", "5"),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "9 cards to learn from, 3 held out" in printed
+    assert "before:" in printed
+    assert "after:" in printed
+    assert result.global_step == 2
+    assert load_file(result.best_checkpoint / "adapter_model.safetensors")
+
+    pictures = [str(path) for path in sorted((tmp_path / "pictures").iterdir())[:2]]
+    adapter = ["--adapter", str(result.best_checkpoint)]
+    texts = describe_image.main([*pictures, *adapter, "--max-new-tokens", "5"])
+    assert len(texts) == 2
+    assert pictures[1] in capsys.readouterr().out
+    texts = describe_image.main([pictures[0], "--checkpoint", "tiny", "--max-new-tokens", "5"])
+    assert len(texts) == 1
+
+
+def test_the_tutorials_numbers_are_the_defaults():
+    """Started without flags, it is the tutorial."""
+    options = vars(finetune_pokemon_cards.parse([]))
+    recipe = {
+        "checkpoint": "HuggingFaceM4/idefics-9b",
+        "dataset": "TheFusion21/PokemonCards",
+        "test_size": 0.002,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "learning_rate": 2e-4,
+        "global_batch_size": 16,
+        "micro_batch_size": 2,
+        "eval_steps": 20,
+        "logging_steps": 20,
+        "save_steps": 40,
+        "max_steps": 40,
+    }
+    assert {name: options[name] for name in recipe} == recipe
+
+
+def test_the_quickstart_tells_what_was_not_learnt(tmp_path, monkeypatch, capsys):
+    """After two steps nothing is learnt: it says so, exits with 1 and keeps all numbers."""
+    monkeypatch.setattr(quickstart, "NUM_TEST", 8)
+    monkeypatch.setattr(quickstart, "NUM_VALIDATION", 4)
+    code = quickstart.main(["--output-dir", str(tmp_path / "run"), "--max-steps", "2"])
+    assert code == 1
+    assert "Not learnt from the pictures" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for score in ("before", "after", "shuffled", "chance"):
+        assert set(metrics[score]) == set(iq.tiny.FIELDS)
+    assert metrics["log_history"][-1]["step"] == 2
+    assert "torch" in metrics["versions"]
+
+
+def test_the_full_size_benchmark_at_small_size(capsys):
+    """The code that builds idefics-9b on a GPU builds and trains a small architecture here."""
+    arguments = ["--architecture", "small", "--num-tokens", "40", "--num-workers", "0"]
+    summary = full_size.main(
+        [*arguments, "--steps", "4", "--global-batch-size", "4", "--precision", "fp32"]
+    )
+    assert summary["last_loss"] < summary["first_loss"]
+    assert summary["examples_per_second"] > 0
+    assert '"gib_peak_while_training"' in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_the_loop_benchmark_runs(capsys):
+    """Both loops train and every number comes out; how fast is no test's business."""
+    summary = loop.main(["--steps", "1", "--rounds", "1", "--micro-batch-size", "8"])
+    assert summary["ratio"] > 0
+    assert sum(summary["where_time_goes"].values()) == pytest.approx(1.0)
+    assert summary["collator"]["ratio"] > 0
