@@ -1,0 +1,44 @@
+"""The embedded default: a small pre-trained IDEFICS and creature cards to fine-tune it on.
+
+    model, processor = idefics_qlora.tiny.load_model()
+    rows = idefics_qlora.tiny.creature_cards(512, seed=0)
+
+The model has every part of the large ones (vision tower, perceiver, gated cross-attention,
+decoupled head) in 2.3 million parameters. It was pre-trained on drawn scenes with plain captions
+(`pretrain.py`) and has never seen a card: a fine-tuning that works is visible within minutes on two
+CPU cores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from idefics_qlora.tiny.cards import FIELDS, card_fields, creature_cards
+
+if TYPE_CHECKING:
+    from transformers import IdeficsForVisionText2Text, IdeficsProcessor
+
+__all__ = ["BASE", "FIELDS", "card_fields", "creature_cards", "load_model"]
+
+BASE: Path = Path(__file__).parent / "base"
+"""The folder with the base's config, fp16 weights, tokenizer and processor files."""
+
+
+def load_model(**kwargs: Any) -> tuple[IdeficsForVisionText2Text, IdeficsProcessor]:
+    """Load the small base in 4 bits, with its processor.
+
+    Args:
+        **kwargs: Passed on to `idefics_qlora.load_model`.
+
+    Returns:
+        The model, its linear layers in NF4 but for the head, and the processor (images of 64
+        pixels).
+
+    Raises:
+        OSError: The installation lacks the base's files.
+    """
+    # Imported late: drawing cards needs neither torch nor transformers.
+    from idefics_qlora.model import load_model as load
+
+    return load(BASE, **kwargs)
