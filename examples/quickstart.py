@@ -24,9 +24,9 @@ import idefics_qlora as iq
 from idefics_qlora.examples import pokemon_card_example
 from idefics_qlora.state import library_versions
 
-MAX_STEPS = 80
-LEARNING_RATE = 5e-3
-NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 768, 32, 96
+MAX_STEPS = 160
+LEARNING_RATE = 8e-3
+NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 1000, 32, 96
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -41,6 +41,8 @@ from transformers import (
     IdeficsForVisionText2Text,
 )
 
+from idefics_qlora.cpu import prepare_for_cpu
+
 Model: TypeAlias = IdeficsForVisionText2Text | PeftModel
 """The base, or the base with an adapter."""
 
@@ -113,7 +115,8 @@ def load_model(
             f"free when it stopped; {advice}, or pass device='cpu'"
         ) from error
     model.requires_grad_(False)
-    _keep_trainable_on_cpu(model)
+    if device.type == "cpu":
+        prepare_for_cpu(model)
     processor = AutoProcessor.from_pretrained(name, revision=revision)
     return model.eval(), processor
 
@@ -144,7 +147,6 @@ def add_lora(
             target_modules=["q_proj", "k_proj", "v_proj"],
         )
     model.requires_grad_(False)
-    _keep_trainable_on_cpu(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _attach(model, config)
@@ -346,7 +348,10 @@ def _attach(model: IdeficsForVisionText2Text, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         # peft asks the model for a property that transformers has renamed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        return get_peft_model(model, config)
+        peft_model = get_peft_model(model, config)
+    if model.device.type == "cpu":
+        prepare_for_cpu(peft_model)
+    return peft_model
 
 
 def _checked_source(checkpoint: str | os.PathLike[str]) -> str:
@@ -371,13 +376,3 @@ def _linear4bit_modules(model: Model) -> list[Any]:
     import bitsandbytes as bnb  # loads its native library
 
     return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-
-
-def _keep_trainable_on_cpu(model: Model) -> None:
-    """Keep bitsandbytes from repacking CPU weights for inference.
-
-    On a CPU with AVX512-BF16 an evaluation forward would repack each ``Linear4bit``, after which
-    the next training forward raises, or silently gives no gradient.
-    """
-    for module in _linear4bit_modules(model):
-        module.support_avx512bf16_for_cpu = False

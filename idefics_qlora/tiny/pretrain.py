@@ -27,19 +27,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     GenerationConfig,
     IdeficsConfig,
@@ -384,41 +385,66 @@ def sentence(rng: random.Random) -> str:
     )
 
 
-_TOWNS = ("Nord", "Sol", "Pex", "Ruv", "Tim", "Omb")
+_TOWNS = (
+    "Nord", "Sol", "Pex", "Ruv", "Tim", "Omb", "Kal", "Bel", "Dra", "Fin", "Gul", "Hes", "Ilo",
+    "Jut", "Lam", "Mok", "Nys", "Orr", "Pim", "Qua", "Rho", "Sia", "Tul", "Vex",
+)  # fmt: skip
 _CALLED = (
     "Anna", "Ben", "Mira", "Tom", "Kora", "Lumi", "Zeno", "Odo", "Vila", "Hesta", "Jaru", "Wim",
+    *_FIRST[:6],
 )  # fmt: skip
-_AFTER = ("ton", "ley", "man", "son", "berg", "ka", "ro", "nu", "fi", "sha")
+_AFTER = ("ton", "ley", "man", "son", "berg", "ka", "ro", "nu", "fi", "sha", *_LAST[:5])
 _KINDS = (
     "house", "river", "forest", "harbor", "cave", "garden", "city", "table", "road", "song",
-    "story", "bird",
+    "story", "bird", *_SHORT[5:11],
 )  # fmt: skip
 
 
 def nickname(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """What a town calls a scene: a question that names the town, and the answer.
 
-    Every town has words of its own for each colour and shape. That there are many such languages
-    keeps the text model from tying what it sees to one set of words; none of the cards' words is
-    among them.
+    Each of the many towns has words of its own for each colour and shape, dealt at random. So the
+    text model learns that the same thing may be called anything, and that names have parts; the
+    words of the cards are among those dealt, never with the meaning that the cards give them.
     """
     town = rng.choice(_TOWNS)
-    language = random.Random(town)
-    colour = list(COLOURS).index(scene.colour)
-    first = language.sample(_CALLED, len(COLOURS))[colour]
-    kind = language.sample(_KINDS, len(COLOURS))[colour]
-    last = language.sample(_AFTER, len(SHAPES))[SHAPES.index(scene.shape)]
+    first, kind, last = _language(town)
+    name = first[scene.colour] + last[scene.shape]
+    kind_of = kind[scene.colour]
+    article = "An" if kind_of[0] in "aeiou" else "A"
+    marks = _count(scene.top_count, scene.top, rng)
+    hearts = _count(scene.bottom_count, scene.bottom, rng)
     asked = rng.choice((f"Who is this in {town}?", f"What's on the picture in {town}?"))
     return rng.choice(
         (
-            (asked, f"This is {first}{last}. A {kind} thing, {scene.pattern}."),
-            (asked, f"This is {first}{last}. It has {_count(scene.top_count, scene.top, rng)}."),
-            (asked, f"This is {first}{last}."),
+            (asked, f"This is {name}. {article} {kind_of} thing, {scene.pattern}."),
+            (asked, f"This is {name}. It has {marks} and {hearts}, {kind_of} and {scene.shape}."),
+            (asked, f"This is {name}. It is {article.lower()} {kind_of} with {hearts}."),
             (
                 f"What kind is it in {town}?",
-                f"A {kind} thing with a {scene.pattern} {scene.shape}.",
+                f"{article} {kind_of} thing with a {scene.pattern} {scene.shape}.",
             ),
         )
+    )
+
+
+@functools.cache
+def _language(town: str) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """A town's words: colour to beginning of a name, colour to kind, shape to end of a name."""
+    rng = random.Random(town)
+
+    def deal(things: Sequence[str], words: Sequence[str], taboo: dict[str, str]) -> dict[str, str]:
+        while True:
+            dealt = dict(zip(things, rng.sample(words, len(things)), strict=True))
+            if not any(dealt.get(thing) == word for thing, word in taboo.items()):
+                return dealt
+
+    types = ("red", "blue", "green", "yellow", "purple", "gray")
+    shapes = ("ball", "box", "tent", "star", "bow")
+    return (
+        deal(tuple(COLOURS), _CALLED, dict(zip(types, _FIRST, strict=False))),
+        deal(tuple(COLOURS), _KINDS, dict(zip(types, _SHORT[5:11], strict=True))),
+        deal(SHAPES, _AFTER, dict(zip(shapes, _LAST, strict=False))),
     )
 
 
@@ -436,7 +462,7 @@ def sample_text(scene: Scene, rng: random.Random) -> Text:
     kind = rng.random()
     if kind < 0.16:
         return Text("", sentence(rng), sighted=False)
-    if kind < 0.6:
+    if kind < 0.7:
         asked, answer = (question if kind < 0.34 else nickname)(scene, rng)
         return Text(f"Question: {asked} Answer:", f" {answer}")
     prompt = rng.choice(
@@ -600,10 +626,11 @@ def augment(
     count = pixels.size(0)
 
     def uniform(*shape: int) -> torch.Tensor:
-        return strength * (2 * torch.rand(count, *shape, generator=generator) - 1)
+        numbers = torch.rand(count, *shape, generator=generator, device=pixels.device)
+        return strength * (2 * numbers - 1)
 
     images = pixels.float() / 255
-    theta = torch.zeros(count, 2, 3)
+    theta = torch.zeros(count, 2, 3, device=pixels.device)
     for axis in (0, 1):
         zoom = 0.95 + 0.06 * uniform()
         theta[:, axis, axis] = zoom
@@ -615,8 +642,11 @@ def augment(
     regions = nn.functional.avg_pool2d(images[:, 3:], PATCH_SIZE).flatten(2).transpose(1, 2)
     images = images[:, :3]
     images = images * (1 + 0.1 * uniform(1, 1, 1)) + 0.05 * uniform(3, 1, 1)
-    images = images + 0.02 * strength * torch.randn(images.shape, generator=generator)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    noise = torch.randn(images.shape, generator=generator, device=pixels.device)
+    images = images + 0.02 * strength * noise
+    mean, std = (
+        torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD)
+    )
     return (images.clamp(0, 1) - mean) / std, regions
 
 
@@ -756,12 +786,26 @@ class SeeingHeads(nn.Module):
         return torch.stack(losses).mean()
 
 
+class TextBatches(Dataset[tuple[torch.Tensor, ...]]):
+    """Which scenes a step sees and what is written to them: functions of (seed, step) alone."""
+
+    def __init__(self, scenes: list[Scene], encoder: Encoder, batch_size: int, seed: int) -> None:
+        self.scenes, self.encoder = scenes, encoder
+        self.batch_size, self.seed = batch_size, seed
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
+        """Scene numbers (B,), then ids, labels and image mask as `Encoder` gives them."""
+        rng = random.Random(f"{self.seed}/{step}")
+        chosen = rng.sample(range(len(self.scenes)), self.batch_size)
+        texts = self.encoder([sample_text(self.scenes[i], rng) for i in chosen])
+        return torch.tensor(chosen), *texts
+
+
 def train(
     model: IdeficsForVisionText2Text,
     encoder: Encoder,
     *,
     steps: int,
-    minutes: float | None,
     batch_size: int,
     pool: int,
     peak: float,
@@ -771,23 +815,24 @@ def train(
     """Train in place: first the vision tower and perceiver to see, then all of it to tell.
 
     Args:
-        model: The untrained model.
+        model: The untrained model, on the device to train on.
         encoder: Makes the text batches.
         steps: Optimizer steps; see `seeing`.
-        minutes: End by then, if not None.
         batch_size: Scenes per step.
-        pool: Scenes drawn beforehand; every pass augments them anew.
+        pool: Scenes drawn beforehand; every use augments them anew.
         peak: Peak learning rate of the matrices.
+        seed: Decides scenes, augmentation and texts.
         seeing: Share of the steps, at the beginning, that train the eyes alone, without text.
-        seed: Decides scenes, order, augmentation and texts.
     """
+    device = model.device
     started = time.perf_counter()
-    scenes, pictures = draw_pool(pool, seed)
-    labels = torch.tensor([scene.labels() for scene in scenes])
+    scenes, drawn = draw_pool(pool, seed)
+    pictures = drawn.to(device)
+    labels = torch.tensor([scene.labels() for scene in scenes], device=device)
     print(f"{pool} scenes drawn in {time.perf_counter() - started:.0f} s", flush=True)
     heads = SeeingHeads(
         model.config.vision_config.embed_dim, model.config.perceiver_config.resampler_n_latents
-    )
+    ).to(device)
     vision, perceiver = model.model.vision_model, model.model.perceiver_resampler
     # Muon for the matrices between layers sees about twice as much in a sample; AdamW for the rest.
     inner = {
@@ -798,39 +843,32 @@ def train(
     everything = [*model.parameters(), *heads.parameters()]
     matrices = [p for p in everything if id(p) in inner]
     rest = [p for p in everything if id(p) not in inner]
-    optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-        (
-            torch.optim.Muon(matrices, lr=peak, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-            peak,
-        ),
-        (
-            torch.optim.AdamW(rest, lr=peak / 2, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-            peak / 2,
-        ),
-    ]
-    rng, generator = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1)
+    muon = torch.optim.Muon(matrices, lr=peak, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, lr=peak / 2, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    generator = torch.Generator(device).manual_seed(seed + 1)
+    loader = DataLoader(
+        TextBatches(scenes, encoder, batch_size, seed),
+        batch_size=None,
+        sampler=range(steps),
+        num_workers=6 if device.type == "cuda" else 1,
+        prefetch_factor=8,
+    )
     model.train()
-    order: list[int] = []
-    started, seen, told, since = time.perf_counter(), 0.0, 0.0, 0
-    for step in range(steps):
+    seen = told = torch.zeros((), device=device)
+    started = time.perf_counter()
+    for step, (chosen, *text) in enumerate(loader):
         progress = step / steps
-        if minutes is not None:
-            progress = max(progress, (time.perf_counter() - started) / (60 * minutes))
-        if progress >= 1:
-            break
-        for optimizer, rate in optimizers:
+        for optimizer, rate in ((muon, peak), (adamw, peak / 2)):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(progress, rate)
-        if len(order) < batch_size:
-            order = torch.randperm(pool, generator=generator).tolist()
-        chosen, order = order[:batch_size], order[batch_size:]
+        chosen = chosen.to(device)
         pixels, regions = augment(pictures[chosen], generator, 1.0)
         patches = vision(pixel_values=pixels).last_hidden_state
         latents = perceiver(patches)
         loss = heads(patches, latents, labels[chosen], regions)
-        seen += loss.item()
+        seen = seen + loss.detach()
         if progress >= seeing:
-            ids, targets, mask = encoder([sample_text(scenes[i], rng) for i in chosen])
+            ids, targets, mask = (tensor.to(device) for tensor in text)
             logits = model(
                 input_ids=ids.clamp(min=0),
                 attention_mask=(ids >= 0).long(),
@@ -841,23 +879,22 @@ def train(
             text_loss = nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100
             )
-            told += text_loss.item()
+            told = told + text_loss.detach()
             # The heads fade out: in the end the text alone shapes the features.
             loss = text_loss + (1 - progress) * loss
         loss.backward()
         nn.utils.clip_grad_norm_(everything, 1.0)
-        for optimizer, _ in optimizers:
+        for optimizer in (muon, adamw):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        since += 1
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 200 == 0:
             print(
-                f"step {step + 1} ({progress:.0%}) seen {seen / since:.3f} told {told / since:.3f} "
-                f"{time.perf_counter() - started:.0f} s",
+                f"step {step + 1} ({progress:.0%}) seen {seen.item() / 200:.3f} "
+                f"told {told.item() / 200:.3f} {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
-            seen, told, since = 0.0, 0.0, 0
-    print(f"{step + 1} steps of {batch_size} in {time.perf_counter() - started:.0f} s", flush=True)
+            seen = told = torch.zeros((), device=device)
+    print(f"{steps} steps of {batch_size} in {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def save(model: IdeficsForVisionText2Text, processor: IdeficsProcessor, folder: Path) -> None:
@@ -879,29 +916,22 @@ def main() -> None:
     """Build, train, measure and write the base."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint to write")
-    parser.add_argument("--steps", type=int, default=100_000, help="most optimizer steps")
-    parser.add_argument(
-        "--minutes", type=float, help="end by then; without it, results repeat exactly"
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="scenes per step")
-    parser.add_argument("--pool", type=int, default=30_000, help="scenes drawn beforehand")
+    parser.add_argument("--steps", type=int, default=12_000, help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=256, help="scenes per step")
+    parser.add_argument("--pool", type=int, default=40_000, help="scenes drawn beforehand")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", type=Path, help="go on from this checkpoint, with text at once")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     processor = build_processor(args.seed)
-    model = build_model()
-    if args.init:
-        processor = IdeficsProcessor.from_pretrained(args.init)
-        load_model(model, str(args.init / "model.safetensors"))
-    encoder = Encoder(processor.tokenizer)
+    model = build_model().to("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     train(
-        model, encoder, steps=args.steps, minutes=args.minutes, batch_size=args.batch_size,
-        pool=args.pool, peak=args.lr, seed=args.seed, seeing=0.0 if args.init else 0.35,
+        model, Encoder(processor.tokenizer), steps=args.steps, batch_size=args.batch_size,
+        pool=args.pool, peak=args.lr, seed=args.seed, seeing=0.2,
     )  # fmt: skip
+    model.cpu()
     scenes, pictures = draw_pool(256, args.seed + 1_000_003)
     plain, _ = augment(pictures, torch.Generator(), 0.0)
     shares = attribute_accuracy(model, processor.tokenizer, scenes, plain)
