@@ -17,14 +17,14 @@ def prepare_for_cpu(model: Any) -> None:
     after which the next training forward raises, or silently gives no gradient: switched off.
 
     PyTorch's fp16 matrix product is about eight times slower than its fp32 one on most CPUs. Under
-    fp16 autocast the linear layers therefore multiply in fp32 and round the result to fp16, which is
-    what a GPU's tensor cores do.
+    fp16 autocast the linear layers therefore multiply in fp32 and round the result to fp16, as a
+    GPU's tensor cores do.
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
         if isinstance(module, bnb.nn.Linear4bit) or type(module) is nn.Linear:
-            module.forward = MethodType(_forward, module)
+            module.__dict__["forward"] = MethodType(_forward, module)
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
