@@ -77,7 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     after = captions(model, processor, test)
     show("and after", test[:4], after[:4])
-    others = test[len(test) // 2 :] + test[: len(test) // 2]
+    # The cards' values are dealt evenly, so near neighbours differ more often than chance. Moved by
+    # 40 places, as many values agree as between cards drawn independently.
+    others = test[40:] + test[:40]
     swapped = [{**card, "image": other["image"]} for card, other in zip(test, others, strict=True)]
     scores = {
         "before": accuracy(test, before),
