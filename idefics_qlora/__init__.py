@@ -8,6 +8,7 @@ result = iq.train(model, processor, train_rows, eval_rows,
                   config=iq.TrainConfig(output_dir="runs/cards", max_steps=40))
 """
 
+from idefics_qlora import cpu as _cpu  # noqa: F401 - first, it imports bitsandbytes quietly
 from idefics_qlora import images, tiny
 from idefics_qlora.checkpoint import latest_checkpoint
 from idefics_qlora.config import TrainConfig
