@@ -1,0 +1,70 @@
+"""The CPU as a stand-in for a GPU: fp16 as tensor cores compute it, and training after evaluation."""
+
+import copy
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+
+from idefics_qlora.cpu import prepare_for_cpu
+
+
+@pytest.fixture
+def layers():
+    """A plain and a 4-bit layer, in fp16."""
+    layers = nn.Sequential(
+        nn.Linear(64, 64), Linear4bit(64, 64, compute_dtype=torch.float16, quant_type="nf4")
+    ).to(torch.float16)
+    layers.to("cpu")  # quantises
+    prepare_for_cpu(layers)
+    return layers
+
+
+def test_fp16_products_are_rounded_once(layers):
+    """Under fp16 autocast a product is accumulated in fp32 and rounded to fp16 at its end."""
+    x = torch.randn(8, 64)
+    linear = layers[0]
+    with torch.autocast("cpu", dtype=torch.float16):
+        result = linear(x.half())
+    exact = x.half().double() @ linear.weight.double().T + linear.bias.double()
+    assert result.dtype == torch.float16
+    assert torch.equal(result, exact.half()) or (result - exact).abs().max() < 1e-3
+    with torch.autocast("cpu", dtype=torch.float16):
+        both = layers(x)
+    assert both.dtype == torch.float16
+    assert both.isfinite().all()
+
+
+def test_gradients_flow_through_4_bit_layers(layers):
+    """The input's gradient is the output's times the dequantised weight."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    layer = layers[1]
+    x = torch.randn(8, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.float16):
+        layer(x).sum().backward()
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x), rtol=1e-2, atol=1e-3)
+
+
+def test_other_precisions_are_left_alone(layers):
+    """bf16 autocast and no autocast run the layers' own code."""
+    x = torch.randn(8, 64)
+    plain = nn.Linear(64, 64).to(torch.float16)
+    plain.load_state_dict(layers[0].state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layers[0](x), plain(x))
+    assert torch.equal(layers[0](x.half()), plain(x.half()))
+
+
+def test_a_copy_uses_its_own_weights(layers):
+    """A deep copy of a prepared model is a model of its own."""
+    twin = copy.deepcopy(layers)
+    with torch.no_grad():
+        twin[0].weight.zero_()
+        twin[0].bias.zero_()
+    x = torch.randn(8, 64)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert (twin[0](x) == 0).all()
+        assert (layers[0](x) != 0).any()
