@@ -1,6 +1,8 @@
 """The public names, as users' scripts write them."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import idefics_qlora as iq
@@ -46,3 +48,11 @@ def test_the_loop_is_our_own():
 def test_types_are_shipped():
     """Type checkers of users see the annotations."""
     assert (Path(iq.__file__).parent / "py.typed").is_file()
+
+
+def test_importing_says_nothing():
+    """No advice, warning or progress of a dependency greets whoever imports the library."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import idefics_qlora"], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")
