@@ -1,4 +1,4 @@
-"""The CPU as a stand-in for a GPU: fp16 as tensor cores compute it, and training after evaluation."""
+"""The CPU as a stand-in for a GPU: fp16 as tensor cores compute it, gradients, copies."""
 
 import copy
 

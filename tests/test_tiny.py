@@ -42,7 +42,7 @@ def test_rows_have_the_columns_of_the_card_data_set(tmp_path):
 
 
 def test_a_caption_states_what_the_card_is(cards):
-    """The fields read from the training text are the card's, and a text about nothing states none."""
+    """The fields read from the training text are the card's; a text about nothing states none."""
     for row in cards:
         fields = iq.tiny.card_fields(f"This is {row['name']}. {row['caption']}")
         assert fields.keys() == iq.tiny.FIELDS.keys()
