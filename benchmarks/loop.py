@@ -111,7 +111,6 @@ def where_time_goes(
         reader,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
-        micro_batch_size=config.micro_batch_size,
         augment=config.augment,
     )
     seconds: dict[str, float] = dict.fromkeys(("load", "forward", "backward", "optimizer"), 0.0)
@@ -140,8 +139,7 @@ def where_time_goes(
         if step == 1:  # the first one warms up
             seconds.update(dict.fromkeys(seconds, 0.0))
         window = timed("load", lambda step=step: windows[step])
-        for batch in window.batches:
-            batch = batch.to(device)
+        for batch in window.to(device).micro_batches(config.micro_batch_size):
             loss = timed("forward", lambda batch=batch: forward(batch))
             timed("backward", lambda loss=loss: scaler.scale(loss).backward())
         timed("optimizer", update)

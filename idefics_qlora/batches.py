@@ -9,16 +9,16 @@ the micro-batch size or a restart do not change it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from itertools import count
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import Dataset
 
 from idefics_qlora.config import LossOn
 from idefics_qlora.examples import Example, PromptItem, ToExample, as_example, is_text, naming_row
@@ -75,6 +75,17 @@ class Batch:
             "image_attention_mask": self.image_attention_mask,
         }
 
+    def part(self, examples: slice, num_tokens: int, num_images: int) -> Batch:
+        """Some of the examples, cut to their first tokens and images (right padding only)."""
+        return replace(
+            self,
+            input_ids=self.input_ids[examples, :num_tokens],
+            attention_mask=self.attention_mask[examples, :num_tokens],
+            labels=self.labels[examples, :num_tokens],
+            pixel_values=self.pixel_values[examples, :num_images],
+            image_attention_mask=self.image_attention_mask[examples, :num_tokens, :num_images],
+        )
+
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; from pinned memory the copies do not wait."""
         return self._map(lambda t: t.to(device, non_blocking=True))
@@ -89,20 +100,39 @@ class Batch:
 
 @dataclass(frozen=True)
 class Window:
-    """What one optimizer step sees: all examples of a window, in micro-batches."""
+    """What one optimizer step sees: all examples of a window, the longest first."""
 
-    batches: tuple[Batch, ...]
+    batch: Batch
     rows: tuple[int, ...]
     """Row number of each example, in the order of the window."""
+    lengths: tuple[int, ...]
+    """Text tokens of each example of ``batch``."""
+    images: tuple[int, ...]
+    """Images of each example of ``batch``."""
     num_targets: int
-    """Target tokens of all micro-batches together: what the window's loss is divided by."""
-    num_images: int
-    num_tokens: int
-    """Text tokens without padding."""
+    """Target tokens of the whole window: what its loss is divided by."""
+
+    def micro_batches(self, size: int) -> list[Batch]:
+        """The window in parts of ``size`` examples, each cut to its own longest example.
+
+        Neighbours have similar lengths, so little is padding. The parts share the window's memory.
+        """
+        return [
+            self.batch.part(
+                slice(start, start + size),
+                num_tokens=self.lengths[start],
+                num_images=max(1, *self.images[start : start + size]),
+            )
+            for start in range(0, len(self.rows), size)
+        ]
+
+    def to(self, device: torch.device) -> Window:
+        """The window on ``device``; from pinned memory the copies do not wait."""
+        return replace(self, batch=self.batch.to(device))
 
     def pin_memory(self) -> Window:
         """The window in page-locked memory (a ``DataLoader`` calls this)."""
-        return replace(self, batches=tuple(batch.pin_memory() for batch in self.batches))
+        return replace(self, batch=self.batch.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -330,24 +360,31 @@ class RowReader:
             (tokens,) = self.collator.tokens([example])
             return tokens, self.collator.pixels(example.prompt, crop_seed)
 
-    def check(self, indices: Iterable[int]) -> None:
-        """Read these rows once, so that a bad one is reported before any training starts."""
+    def check(self, indices: Iterable[int]) -> str:
+        """Read these rows once, so that a bad one is reported before any training starts.
+
+        Returns:
+            The rows' fingerprint: their number, and a hash of what was read.
+        """
+        digest = hashlib.sha256()
         for index in indices:
-            self.read(index)
+            tokens, pixels = self.read(index)
+            digest.update(repr((index, tokens)).encode())
+            for image in pixels:
+                digest.update(image.numpy().tobytes())
+        return f"{len(self)} rows, {digest.hexdigest()[:16]}"
 
 
 class Windows(Dataset[Window]):
     """All windows of a run, by number.
 
     Rows are drawn epoch after epoch, each in a permutation of its own, without a break between
-    epochs: a window at the border holds the last rows of one and the first of the next. Within a
-    window, micro-batches are formed by length, the longest first, so that little is padding.
+    epochs: a window at the border holds the last rows of one and the first of the next.
 
     Args:
         reader: The training rows.
         seed: Seed of the run.
         global_batch_size: Examples per window.
-        micro_batch_size: Examples per micro-batch.
         augment: Whether images are cropped at random.
     """
 
@@ -357,13 +394,11 @@ class Windows(Dataset[Window]):
         *,
         seed: int,
         global_batch_size: int,
-        micro_batch_size: int,
         augment: bool,
     ) -> None:
         self.reader = reader
         self.seed = seed
         self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
         self.augment = augment
 
     def positions(self, window: int) -> list[tuple[int, int]]:
@@ -386,16 +421,14 @@ class Windows(Dataset[Window]):
             for epoch, row in positions
         ]
         read.sort(key=lambda item: len(item[0].ids), reverse=True)  # stable
-        batches = []
-        for start in range(0, len(read), self.micro_batch_size):
-            tokens, pixels = zip(*read[start : start + self.micro_batch_size], strict=True)
-            batches.append(self.reader.collator.collate(tokens, pixels))
+        tokens, pixels = zip(*read, strict=True)
+        batch = self.reader.collator.collate(tokens, pixels)
         return Window(
-            batches=tuple(batches),
+            batch=batch,
             rows=tuple(row for _, row in positions),
-            num_targets=sum(batch.num_targets for batch in batches),
-            num_images=sum(len(pixels) for _, pixels in read),
-            num_tokens=sum(len(tokens.ids) for tokens, _ in read),
+            lengths=tuple(len(row.ids) for row in tokens),
+            images=tuple(len(row) for row in pixels),
+            num_targets=batch.num_targets,
         )
 
     def _crop_seed(self, epoch: int, row: int) -> int:
@@ -424,41 +457,3 @@ class EvalBatches(Dataset[Batch]):
         read = [self.reader.read(row) for row in range(first, last)]
         tokens, pixels = zip(*read, strict=True)
         return self.reader.collator.collate(tokens, pixels)
-
-
-class _CountFrom(Sampler[int]):
-    """first, first + 1, ... without end: a skipped window may need one more at the end."""
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-
-    def __iter__(self) -> Iterator[int]:
-        return count(self.first)
-
-
-def window_loader(windows: Windows, first: int, num_workers: int, pin: bool) -> DataLoader[Window]:
-    """Windows from number ``first`` on, without end, loaded ahead by worker processes."""
-    return _loader(windows, _CountFrom(first), num_workers, pin)
-
-
-def eval_loader(batches: EvalBatches, num_workers: int, pin: bool) -> DataLoader[Batch]:
-    """The evaluation batches in order."""
-    return _loader(batches, SequentialSampler(batches), min(num_workers, len(batches)), pin)
-
-
-def _loader(items: Dataset[Any], sampler: Sampler[int], num_workers: int, pin: bool) -> Any:
-    return DataLoader(
-        items,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin,
-        worker_init_fn=_single_thread,
-        # Without a generator of its own, each iterator would draw a seed from the global one, and
-        # an evaluation or a restart would shift the dropout masks.
-        generator=torch.Generator(),
-    )
-
-
-def _single_thread(_: int) -> None:
-    torch.set_num_threads(1)  # workers share the cores; each resizes one picture at a time

@@ -18,15 +18,22 @@ import logging
 import os
 import re
 import shutil
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+OPTIMIZER = "optimizer.safetensors"
+RNG = "rng.safetensors"
+STATE = "state.json"
 MANIFEST = "manifest.json"
 FORMAT = "idefics_qlora-1"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -52,40 +59,56 @@ class Snapshot:
     """JSON values: step, position, scaler, best, log history, configuration, versions."""
 
 
-def save_checkpoint(output_dir: Path, step: int, snapshot: Snapshot) -> Path:
-    """Write ``checkpoint-<step>``.
+def save_checkpoint(
+    folder: Path, snapshot: Snapshot, extra: dict[str, Tensor] | None = None
+) -> None:
+    """Write a checkpoint.
 
-    The files go to a temporary sibling folder, are flushed to the disk, and the folder gets its
-    name only then: a process killed at any moment leaves a whole checkpoint or none.
+    The files go to a hidden sibling folder, are flushed to the disk, and the folder gets its name
+    only then: a process killed at any moment leaves a whole checkpoint or none.
 
-    Returns:
-        The checkpoint's folder.
+    Args:
+        folder: Where it shall stand, ``<output_dir>/checkpoint-<step>``.
+        snapshot: Its content.
+        extra: Further tensors, for ``extra.safetensors``.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left behind.
     """
-    target = output_dir / f"checkpoint-{step}"
-    temporary = output_dir / f".{target.name}.incomplete"
-    shutil.rmtree(temporary, ignore_errors=True)  # left behind by a killed process
-    temporary.mkdir(parents=True)
     contents = {
-        "adapter_model.safetensors": _tensor_bytes(snapshot.adapter, {"format": "pt"}),
-        "adapter_config.json": _json_bytes(snapshot.adapter_config),
-        "optimizer.safetensors": _tensor_bytes(snapshot.optimizer),
-        "rng.safetensors": _tensor_bytes(snapshot.rng),
-        "state.json": _json_bytes(snapshot.state),
+        ADAPTER: _tensor_bytes(snapshot.adapter, {"format": "pt"}),
+        ADAPTER_CONFIG: _json_bytes(snapshot.adapter_config),
+        OPTIMIZER: _tensor_bytes(snapshot.optimizer),
+        RNG: _tensor_bytes(snapshot.rng),
+        STATE: _json_bytes(snapshot.state),
     }
-    files = {}
-    for name, content in contents.items():
-        _write(temporary / name, content)
-        files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    _write(temporary / MANIFEST, _json_bytes({"format": FORMAT, "files": files}))
-    _sync_folder(temporary)
-    if target.exists():  # only after a resume from before a checkpoint that was found damaged
-        replaced = output_dir / f".{target.name}.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        target.rename(replaced)
-        shutil.rmtree(replaced, ignore_errors=True)
-    temporary.rename(target)
-    _sync_folder(output_dir)
-    return target
+    if extra is not None:
+        contents["extra.safetensors"] = _tensor_bytes(extra)
+    temporary = folder.with_name(f".{folder.name}.incomplete")
+    try:
+        _remove(temporary)  # left behind by a killed process
+        temporary.mkdir(parents=True)
+        with ThreadPoolExecutor(max_workers=1) as pool:  # hashing and writing at the same time
+            sums = {name: pool.submit(_sha256, content) for name, content in contents.items()}
+            for name, content in contents.items():
+                _write(temporary / name, content)
+            files = {
+                name: {"size": len(content), "sha256": sums[name].result()}
+                for name, content in contents.items()
+            }
+        _write(temporary / MANIFEST, _json_bytes({"format": FORMAT, "files": files}))
+        _sync_folder(temporary)
+        if folder.exists():  # only after a resume from before a checkpoint that was found damaged
+            replaced = folder.with_name(f".{folder.name}.replaced")
+            _remove(replaced)
+            folder.rename(replaced)
+            _remove(replaced)
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+    except BaseException:
+        # A full disk needs the space. Nothing here may hide the error.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def load_checkpoint(folder: Path) -> Snapshot:
@@ -96,12 +119,52 @@ def load_checkpoint(folder: Path) -> Snapshot:
     """
     contents = _verified(folder)
     return Snapshot(
-        adapter=load(contents["adapter_model.safetensors"]),
-        adapter_config=json.loads(contents["adapter_config.json"]),
-        optimizer=load(contents["optimizer.safetensors"]),
-        rng=load(contents["rng.safetensors"]),
-        state=json.loads(contents["state.json"]),
+        adapter=load(contents[ADAPTER]),
+        adapter_config=json.loads(contents[ADAPTER_CONFIG]),
+        optimizer=load(contents[OPTIMIZER]),
+        rng=load(contents[RNG]),
+        state=json.loads(contents[STATE]),
     )
+
+
+def load_adapter_files(
+    folder: Path,
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:
+    """Read the adapter of a checkpoint, or of any folder with ``peft``'s two files.
+
+    What a manifest speaks of is verified by it.
+
+    Returns:
+        The adapter's tensors (on the CPU), its configuration, and the state of the run that made
+        it (``None`` for a folder of another origin).
+
+    Raises:
+        FileNotFoundError: If one of the two files is missing.
+        CheckpointError: If a file is truncated or altered, or cannot be parsed.
+    """
+    for name in (ADAPTER, ADAPTER_CONFIG):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing: expected a checkpoint-N folder of a training run, or "
+                "a folder with an adapter of peft"
+            )
+    if (folder / MANIFEST).is_file():
+        snapshot = load_checkpoint(folder)
+        return snapshot.adapter, snapshot.adapter_config, snapshot.state
+    name = ADAPTER
+    try:
+        tensors = load((folder / ADAPTER).read_bytes())
+        name = ADAPTER_CONFIG
+        return tensors, json.loads((folder / ADAPTER_CONFIG).read_bytes()), None
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
+
+
+def clear_leftovers(output_dir: Path) -> None:
+    """Remove what writers that died have left behind; call it only as the folder's one owner."""
+    for path in output_dir.glob(".checkpoint-*"):
+        if path.suffix in (".incomplete", ".replaced", ".deleted"):
+            _remove(path)
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -131,10 +194,18 @@ def latest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def rotate(output_dir: Path, keep: int | None, best: Path | None) -> None:
+def rotate(output_dir: Path, keep: int | None, best: Path | None, background: Executor) -> None:
     """Delete the oldest checkpoints of this library until ``keep`` are left.
 
-    The newest and the best are never deleted, and neither is a folder without a manifest of ours.
+    The newest and the best are never deleted, and neither is a folder without a manifest of ours. A
+    checkpoint loses its name at once and its files in the background; a deletion that fails is
+    reported, and the files stay until the next start.
+
+    Args:
+        output_dir: The run's folder.
+        keep: Checkpoints to keep; ``None`` for all.
+        best: The best checkpoint so far.
+        background: Runs the deletions.
     """
     if keep is None:
         return
@@ -142,15 +213,55 @@ def rotate(output_dir: Path, keep: int | None, best: Path | None) -> None:
     protected = {ours[-1], best} if ours else set()
     surplus = len(ours) - keep
     for folder in [folder for folder in ours if folder not in protected][: max(0, surplus)]:
+        hidden = folder.with_name(f".{folder.name}.deleted")
+        try:
+            _remove(hidden)
+            folder.rename(hidden)
+        except OSError as error:
+            logger.warning("the old checkpoint %s cannot be deleted: %s", folder, error)
+        else:
+            background.submit(_remove, hidden)
+
+
+def set_aside(output_dir: Path, newer_than: Path) -> None:
+    """Rename the run's checkpoints after one from which it goes on instead."""
+    step = _step(newer_than)
+    if step is None or newer_than.resolve().parent != output_dir.resolve():
+        return
+    for folder in checkpoints(output_dir):
+        if (_step(folder) or 0) > step and (folder / MANIFEST).is_file():
+            aside = folder.with_name(f"abandoned-{folder.name}")
+            _remove(aside)
+            folder.rename(aside)
+            logger.warning(
+                "%s is now %s: the run goes on from %s", folder, aside.name, newer_than.name
+            )
+
+
+def _step(folder: Path) -> int | None:
+    name = _NAME.fullmatch(folder.name)
+    return int(name[1]) if name else None
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder if it is there; a failure is reported and otherwise ignored."""
+    try:
         shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.warning("%s cannot be deleted: %s", folder, error)
 
 
 def _verified(folder: Path) -> dict[str, bytes]:
     """Content of every file of a checkpoint, each compared with the manifest."""
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        missing = {ADAPTER, ADAPTER_CONFIG, OPTIMIZER, RNG, STATE} - files.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    if missing:
+        raise CheckpointError(f"{folder / MANIFEST} does not list {sorted(missing)}")
     contents = {}
     for name, expected in files.items():
         try:
@@ -161,10 +272,17 @@ def _verified(folder: Path) -> dict[str, bytes]:
             raise CheckpointError(
                 f"{folder / name} has {len(content)} bytes, its manifest says {expected['size']}"
             )
-        if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-            raise CheckpointError(f"{folder / name} was altered: its SHA-256 differs")
         contents[name] = content
+    with ThreadPoolExecutor() as pool:
+        sums = dict(zip(contents, pool.map(_sha256, contents.values()), strict=True))
+    for name, expected in files.items():
+        if sums[name] != expected["sha256"]:
+            raise CheckpointError(f"{folder / name} was altered: its SHA-256 differs")
     return contents
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _tensor_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:

@@ -17,6 +17,7 @@ Precision = Literal["fp16", "bf16", "fp32"]
 Optim = Literal["paged_adamw_8bit", "adamw_torch"]
 Scheduler = Literal["linear", "cosine", "constant"]
 LossOn = Literal["completion", "all"]
+OnSaveError = Literal["raise", "continue"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,10 @@ class TrainConfig:
     global_batch_size: int = 16
     """Examples in one window, that is, examples one optimizer step sees."""
 
-    micro_batch_size: int = 2
-    """Examples in one forward and backward pass. Changes speed and memory, not the mathematics."""
+    micro_batch_size: int | Literal["auto"] = 2
+    """Examples in one forward and backward pass. Changes speed and memory, not the mathematics.
+    ``auto``: starts with 1 and doubles from window to window for as long as memory allows. Whatever
+    it is, a window that does not fit into the GPU's memory is done again with half of it."""
 
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW."""
@@ -95,6 +98,10 @@ class TrainConfig:
     """Crop training images randomly (90-100 % of the area). ``False``: the checkpoint's own
     preprocessing, as in evaluation."""
 
+    on_save_error: OnSaveError = "raise"
+    """When a checkpoint cannot be written (a full disk): stop, or ``continue`` training and try
+    again at the next ``save_steps``. The last save must work in either case."""
+
     resume: str | os.PathLike[str] = "auto"
     """``auto``: continue from the newest complete checkpoint of ``output_dir``, if there is one.
     ``never``: refuse to start where checkpoints exist. A path: continue from that checkpoint."""
@@ -104,6 +111,9 @@ class TrainConfig:
 
     num_workers: int = 2
     """Processes that load windows ahead. 0: load in the main process. Changes speed only."""
+
+    loader_timeout_s: float = 600.0
+    """Seconds to wait for a window from a loader worker before the run stops."""
 
     def __post_init__(self) -> None:
         problems = [*self._choice_problems(), *self._number_problems()]
@@ -115,7 +125,9 @@ class TrainConfig:
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-batches in a full window (derived, never set)."""
+        """Micro-batches in a full window (derived, never set); 1 is the aim of ``auto``."""
+        if self.micro_batch_size == "auto":
+            return 1
         return math.ceil(self.global_batch_size / self.micro_batch_size)
 
     def total_steps(self, num_rows: int) -> int:
@@ -135,6 +147,7 @@ class TrainConfig:
             "optim": Optim,
             "lr_scheduler_type": Scheduler,
             "loss_on": LossOn,
+            "on_save_error": OnSaveError,
         }
         problems = [
             f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choice))}"
@@ -154,7 +167,6 @@ class TrainConfig:
         problems = []
         whole = {  # field: smallest value
             "global_batch_size": 1,
-            "micro_batch_size": 1,
             "eval_batch_size": 1,
             "logging_steps": 1,
             "eval_steps": 1,
@@ -170,7 +182,12 @@ class TrainConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
                 problems.append(f"{name}={value!r}: expected a whole number of at least {smallest}")
-        positive = ("num_train_epochs", "learning_rate", "max_grad_norm")
+        size = self.micro_batch_size
+        if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            problems.append(
+                f"micro_batch_size={size!r}: expected 'auto' or a whole number of at least 1"
+            )
+        positive = ("num_train_epochs", "learning_rate", "max_grad_norm", "loader_timeout_s")
         for name in (*positive, "weight_decay"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -182,7 +199,7 @@ class TrainConfig:
 
     def _relation_problems(self) -> list[str]:
         problems = []
-        if self.micro_batch_size > self.global_batch_size:
+        if self.micro_batch_size != "auto" and self.micro_batch_size > self.global_batch_size:
             problems.append(
                 f"micro_batch_size={self.micro_batch_size} is larger than "
                 f"global_batch_size={self.global_batch_size}: a micro-batch is a part of a window"

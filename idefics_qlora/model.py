@@ -13,6 +13,7 @@ LoRA matrices                                         fp32
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -30,7 +31,6 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import (
@@ -41,6 +41,7 @@ from transformers import (
     IdeficsForVisionText2Text,
 )
 
+from idefics_qlora.checkpoint import ADAPTER, load_adapter_files
 from idefics_qlora.cpu import prepare_for_cpu
 
 Model: TypeAlias = IdeficsForVisionText2Text | PeftModel
@@ -172,25 +173,57 @@ def load_finetuned(
 
     Raises:
         FileNotFoundError: If the folder or one of its adapter files is missing.
-        ValueError: If the adapter's tensors do not fit the base.
+        CheckpointError: If a file is truncated or altered (a ``ValueError``).
+        ValueError: If the adapter's tensors do not fit the base, or it was trained on another one.
     """
     folder = Path(checkpoint)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(
-                f"{folder / file} is missing: expected a checkpoint-N folder of a training run"
-            )
+    # Read on the CPU, before the base takes the GPU's memory.
+    tensors, values, state = load_adapter_files(folder)
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = not trainable
-    base = base or config.base_model_name_or_path
+    base = base or values.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{folder / 'adapter_config.json'} names no base model: pass base=...")
-    # Read on the CPU, before the base takes the GPU's memory.
-    tensors = load_file(folder / "adapter_model.safetensors", device="cpu")
     model, processor = load_model(base, **load_options)
+    if state is not None and not same_base(state["base"], found := base_fingerprint(model)):
+        raise ValueError(
+            f"the adapter {folder} was trained on another base model than {base} (fingerprint "
+            f"{state['base']}, here {found}): pass the right one as base=..."
+        )
     peft_model = _attach(model, config)
-    load_adapter(peft_model, tensors, str(folder / "adapter_model.safetensors"))
+    load_adapter(peft_model, tensors, str(folder / ADAPTER))
     return peft_model.eval(), processor
+
+
+def base_fingerprint(model: Model) -> dict[str, str]:
+    """What tells one base model from another, whether in 4 bits or not, on whatever device.
+
+    Returns:
+        ``architecture``: a hash of the names and shapes of norms, biases and embeddings.
+        ``weights``: a hash of the first 256 values of each, as fp32; equal for fp16 and fp32 copies
+        of a model. ``rounding``: ``bf16`` values are another rounding and are not compared.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    embedding = base.get_input_embeddings().weight
+    shapes, samples = [], []
+    for name, parameter in base.named_parameters():
+        # Linear weights are left out: they may be packed, and a GPU packs a little differently.
+        if (parameter.dim() == 1 or parameter is embedding) and ".lora_" not in name:
+            shapes.append((name.replace(".base_layer.", "."), list(parameter.shape)))
+            samples.append(parameter.detach().flatten()[:256].float())
+    weights = torch.cat(samples).cpu().numpy().tobytes()  # sync
+    return {
+        "architecture": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+        "weights": hashlib.sha256(weights).hexdigest()[:16],
+        "rounding": "bf16" if compute_dtype(model) == torch.bfloat16 else "none",
+    }
+
+
+def same_base(a: dict[str, str], b: dict[str, str]) -> bool:
+    """Whether two fingerprints can be of one base."""
+    if a["rounding"] != b["rounding"]:
+        return a["architecture"] == b["architecture"]
+    return a == b
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:

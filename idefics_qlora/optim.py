@@ -107,3 +107,17 @@ def load_optimizer_state(
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {i: by_name[names[p]] for i, p in enumerate(order) if names[p] in by_name}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    _page_again(optimizer)
+
+
+def _page_again(optimizer: Any) -> None:
+    """Move loaded states back to paged memory: ``load_state_dict`` leaves them on the GPU."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for key in ("state1", "state2"):
+            if key in state and parameter.device.type == "cuda":
+                loaded = state[key]
+                state[key] = optimizer.get_state_buffer(parameter, dtype=loaded.dtype)
+                torch.cuda.synchronize()  # sync: a paged buffer is cleared asynchronously
+                state[key].copy_(loaded)

@@ -1,9 +1,12 @@
-"""What changes during a run, and how it is taken down and put back."""
+"""What changes during a run, how it is taken down and put back, and what must not change then."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,16 +19,30 @@ from idefics_qlora.model import (
     adapter_config,
     adapter_tensors,
     load_adapter,
+    same_base,
     trainable_parameters,
 )
-from idefics_qlora.optim import load_optimizer_state, optimizer_state
+from idefics_qlora.optim import load_optimizer_state, lr_at, optimizer_state
+
+logger = logging.getLogger(__name__)
 
 _COUNTERS = (
     *("global_step", "window", "skipped_windows", "skips_in_a_row"),
-    *("num_examples", "num_images", "num_tokens"),
-    *("loss_sum", "unlogged_steps", "best_metric", "best_step", "log_history"),
+    *("micro_batch_size", "growing"),
+    *("num_examples", "num_images", "num_tokens", "seconds"),
+    *("loss_sum", "unlogged_steps", "best_metric", "log_history"),
 )
 """Fields of ``TrainState`` that a checkpoint's JSON holds as they are."""
+
+FREE_FIELDS = frozenset(
+    {
+        *("output_dir", "resume", "save_steps", "save_total_limit", "on_save_error"),
+        *("logging_steps", "eval_steps", "eval_batch_size", "load_best_model_at_end"),
+        *("micro_batch_size", "gradient_checkpointing", "num_workers", "loader_timeout_s"),
+        *("max_steps", "num_train_epochs", "precision"),  # judged below
+    }
+)
+"""Settings that do not change the mathematics of a step; a resumed run may change them."""
 
 
 @dataclass
@@ -38,78 +55,179 @@ class TrainState:
     config: TrainConfig
     total_steps: int
     device: torch.device
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Fingerprints of ``base``, ``train_rows`` and ``eval_rows``."""
     global_step: int = 0
     """Optimizer steps done; a skipped window is none."""
     window: int = 0
     """Number of the next window."""
     skipped_windows: int = 0
     skips_in_a_row: int = 0
+    micro_batch_size: int = 1
+    """Examples in one forward and backward pass, for now."""
+    growing: bool = False
+    """Whether the micro-batch still doubles from window to window."""
     num_examples: int = 0
     """Examples seen."""
     num_images: int = 0
     """Images seen."""
     num_tokens: int = 0
     """Text tokens seen."""
+    seconds: float = 0.0
+    """Time spent training so far, in all processes of the run."""
     loss_sum: float = 0.0
     """Sum of the losses of all logged steps."""
     unlogged_loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     """Sum of the losses since the last log record, kept on the device."""
     unlogged_steps: int = 0
     best_metric: float | None = None
-    best_step: int | None = None
-    """Step of the saved checkpoint with the lowest ``eval_loss``."""
-    log_history: list[dict[str, float]] = field(default_factory=list)
+    best_checkpoint: Path | None = None
+    """The saved checkpoint with the lowest ``eval_loss``."""
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    window_rng: dict[str, Tensor] = field(default_factory=dict)
+    """The random states before the last window."""
 
-    def snapshot(self) -> Snapshot:
-        """All that :meth:`restore` needs to go on exactly here."""
+    def __post_init__(self) -> None:
+        self.growing = self.config.micro_batch_size == "auto"
+        if self.config.micro_batch_size != "auto":
+            self.micro_batch_size = self.config.micro_batch_size
+
+    def snapshot(self, rng: dict[str, Tensor] | None = None) -> Snapshot:
+        """All that :meth:`restore` needs to go on exactly here.
+
+        Args:
+            rng: Random states to go on with; by default the present ones.
+        """
         tensors, scalars = optimizer_state(self.optimizer, self._parameter_names())
+        best = None if self.best_checkpoint is None else self.best_checkpoint.name
         return Snapshot(
             adapter=adapter_tensors(self.model),
             adapter_config=adapter_config(self.model),
             optimizer=tensors,
-            rng=rng_tensors(),
+            rng=rng_tensors(self.device) if rng is None else rng,
             state={
                 **{name: getattr(self, name) for name in _COUNTERS},
+                "best_checkpoint": best,
                 "unlogged_loss": self.unlogged_loss.item(),  # sync
                 "total_steps": self.total_steps,
                 "scaler": self.scaler.state_dict(),
                 "optimizer": scalars,
                 "config": self.config.to_json(),
+                **self.origin,
                 "versions": library_versions(),
             },
         )
 
-    def restore(self, snapshot: Snapshot, source: str) -> None:
-        """Go on where :meth:`snapshot` was taken."""
-        load_adapter(self.model, snapshot.adapter, source)
+    def restore(self, snapshot: Snapshot, source: Path) -> None:
+        """Go on where :meth:`snapshot` was taken.
+
+        Raises:
+            ValueError: If a setting, the rows or the base differ in a way that would change the
+                mathematics; the message lists all that differ.
+        """
         state = snapshot.state
+        self._check_same_run(snapshot, source)
+        load_adapter(self.model, snapshot.adapter, str(source))
         names = self._parameter_names()
         load_optimizer_state(self.optimizer, names, snapshot.optimizer, state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # it was fp16
+            self.scaler.load_state_dict(state["scaler"])
+        micro_batch = self.micro_batch_size, self.growing
         for name in _COUNTERS:
             setattr(self, name, state[name])
+        if state["config"]["micro_batch_size"] != self.config.micro_batch_size:
+            self.micro_batch_size, self.growing = micro_batch
         self.unlogged_loss.fill_(state["unlogged_loss"])
-        restore_rng(snapshot.rng)
+        self.best_checkpoint = None
+        if state["best_checkpoint"] is not None:
+            self.best_checkpoint = source.parent / state["best_checkpoint"]
+            if not self.best_checkpoint.is_dir():
+                logger.warning("the best checkpoint so far, %s, is gone", self.best_checkpoint)
+                self.best_checkpoint = self.best_metric = None
+        restore_rng(snapshot.rng, self.device)
+
+    def _check_same_run(self, snapshot: Snapshot, source: Path) -> None:
+        old, new = snapshot.state["config"], self.config.to_json()
+        problems = [
+            f"{name}: {old[name]!r} there, {new[name]!r} here"
+            for name in new
+            if name in old and name not in FREE_FIELDS and old[name] != new[name]
+        ]
+        old_lora, new_lora = snapshot.adapter_config, adapter_config(self.model)
+        problems += [
+            f"LoRA {name}: {old_lora.get(name)!r} there, {new_lora[name]!r} here"
+            for name in new_lora
+            # peft's own version and the base's address may change
+            if name not in ("peft_version", "base_model_name_or_path")
+            and old_lora.get(name, new_lora[name]) != new_lora[name]
+        ]
+        origin = snapshot.state
+        if not same_base(origin["base"], self.origin["base"]):
+            problems.append(f"base model: {origin['base']} there, {self.origin['base']} here")
+        if origin["train_rows"] != self.origin["train_rows"]:
+            problems.append(
+                f"train_rows: {origin['train_rows']} there, {self.origin['train_rows']} here"
+            )
+        if problems:
+            raise ValueError(
+                f"{source} is of a run that computes something else:\n"
+                + "\n".join(f"  - {problem}" for problem in problems)
+                + "\nContinue with the old values, or start anew in another output_dir"
+            )
+        if origin["eval_rows"] != self.origin["eval_rows"]:
+            logger.warning(
+                "eval_rows differ from those of %s: the evaluation losses before and after cannot "
+                "be compared, and the best checkpoint so far is forgotten",
+                source,
+            )
+            origin["best_metric"] = origin["best_checkpoint"] = None
+        for name, installed in library_versions().items():
+            if installed != (then := origin["versions"].get(name)):
+                logger.warning(
+                    "%s was %s when %s was saved and is %s now: the run goes on, but not "
+                    "necessarily to the bit",
+                    *(name, then, source, installed),
+                )
+        if old["precision"] != new["precision"]:
+            # An fp16 run that overflows without end has to be able to go on in bf16.
+            logger.warning(
+                "precision was %s and is %s now: the run goes on, but not as it would have",
+                *(old["precision"], new["precision"]),
+            )
+        self._tell_new_length(origin)
+
+    def _tell_new_length(self, origin: dict[str, Any]) -> None:
+        then, step = origin["total_steps"], origin["global_step"]
+        if then == self.total_steps or self.config.lr_scheduler_type == "constant":
+            return
+        logger.warning(
+            "the run was to have %d steps and is to have %d now: the %s schedule is stretched, so "
+            "the learning rate of step %d is %g instead of %g",
+            then,
+            self.total_steps,
+            self.config.lr_scheduler_type,
+            step,
+            lr_at(step, self.total_steps, self.config),
+            lr_at(step, then, self.config),
+        )
 
     def _parameter_names(self) -> dict[Parameter, str]:
         return {p: name for name, p in trainable_parameters(self.model).items()}
 
 
-def rng_tensors() -> dict[str, Tensor]:
-    """States of PyTorch's generators, on the CPU and on every GPU."""
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """States of PyTorch's generators on the CPU and on the GPU in use."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def restore_rng(states: dict[str, Tensor]) -> None:
+def restore_rng(states: dict[str, Tensor], device: torch.device) -> None:
     """Put the generators into the states from :func:`rng_tensors`."""
     torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if f"cuda:{i}" in states:
-                torch.cuda.set_rng_state(states[f"cuda:{i}"], i)
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def library_versions() -> dict[str, str]:

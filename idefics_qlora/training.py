@@ -7,43 +7,39 @@ marks where the CPU waits for the GPU.
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from idefics_qlora import model as models
-from idefics_qlora.batches import (
-    Batch,
-    Collator,
-    EvalBatches,
-    RowReader,
-    Rows,
-    Window,
-    Windows,
-    eval_loader,
-    window_loader,
-)
+from idefics_qlora.batches import Batch, Collator, EvalBatches, RowReader, Rows, Window, Windows
 from idefics_qlora.checkpoint import (
     checkpoints,
+    clear_leftovers,
     latest_checkpoint,
     load_checkpoint,
     rotate,
     save_checkpoint,
+    set_aside,
 )
 from idefics_qlora.config import LossOn, TrainConfig
 from idefics_qlora.examples import ToExample
+from idefics_qlora.faults import RunLock, StopSignals, first_nonfinite_module
+from idefics_qlora.loading import LoaderError, Loading
 from idefics_qlora.loss import summed_cross_entropy
 from idefics_qlora.optim import lr_at, make_optimizer
-from idefics_qlora.state import TrainState
+from idefics_qlora.state import TrainState, restore_rng, rng_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +59,15 @@ class TrainResult:
     metrics: dict[str, float]
     """``train_runtime`` (s), ``train_samples_per_second``, ``train_steps_per_second``,
     ``train_tokens_per_second`` (text tokens), ``train_loss``, ``epoch``, ``total_flos``,
-    ``skipped_windows``, and ``peak_memory_bytes`` (of the GPU, or of the process on a CPU)."""
-    log_history: list[dict[str, float]]
+    ``skipped_windows``, ``micro_batch_size`` (at the end), all over the whole run, and
+    ``peak_memory_bytes`` (of the GPU, or of the process on a CPU)."""
+    log_history: list[dict[str, Any]]
     """Every log record, in order."""
     best_checkpoint: Path | None
     """The checkpoint with the lowest ``eval_loss``."""
+    stopped_by: str | None = None
+    """Name of the signal that stopped the run early, such as ``SIGTERM``; a script would then exit
+    with 128 + its number. The last checkpoint is the newest state."""
 
 
 @dataclass(frozen=True)
@@ -86,37 +86,38 @@ class StepOutput:
 def train_step(state: TrainState, window: Window) -> StepOutput:
     """One optimizer step over one window.
 
+    A window for which the GPU's memory does not suffice is done again with half the micro-batch.
+
     Raises:
-        FloatingPointError: If the gradient is not finite in bf16 or fp32, where no scale can be
-            lowered; the weights are untouched.
+        FloatingPointError: If the loss or the gradient is not finite in bf16 or fp32, where no
+            scale can be lowered; the weights are untouched.
+        torch.OutOfMemoryError: If not even a single example fits.
     """
     learning_rate = lr_at(state.global_step, state.total_steps, state.config)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
 
-    loss = torch.zeros((), device=state.device)
-    for batch in window.batches:
-        batch = batch.to(state.device)
-        with models.autocast(state.device, models.DTYPES[state.config.precision]):
-            logits = state.model(**batch.inputs(), use_cache=False).logits  # (B, T, V)
-        # Divided by the whole window's targets, the micro-batches' gradients add up to the gradient
-        # of the window's mean, whatever their lengths.
-        micro_loss = summed_cross_entropy(logits, batch.labels) / window.num_targets
-        state.scaler.scale(micro_loss).backward()
-        loss += micro_loss.detach()
+    state.window_rng = rng_tensors(state.device)
+    window = window.to(state.device)
+    loss = _try_backward(state, window)
+    while loss is None:
+        state.optimizer.zero_grad(set_to_none=True)
+        _halve_micro_batch(state)
+        restore_rng(state.window_rng, state.device)
+        loss = _try_backward(state, window)
 
     state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     grad_norm = clip_grad_norm_(parameters, state.config.max_grad_norm)
-    scale = state.scaler.get_scale()
-    if not state.scaler.is_enabled() and not torch.isfinite(grad_norm):  # sync
+    if not state.scaler.is_enabled() and not torch.isfinite(loss + grad_norm):  # sync
         state.optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(
-            f"the gradient of window {state.window} (rows {list(window.rows)}) is "
-            f"{grad_norm.item()} at step {state.global_step} with "
+            f"window {state.window} (rows {list(window.rows)}) gave the loss {loss.item()} and a "
+            f"gradient of norm {grad_norm.item()} at step {state.global_step} with "
             f"precision={state.config.precision!r}; the weights are untouched; look at these rows, "
             "or lower learning_rate"
         )
+    scale = state.scaler.get_scale()
     state.scaler.step(state.optimizer)  # sync; does nothing when a gradient is not finite
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -124,8 +125,10 @@ def train_step(state: TrainState, window: Window) -> StepOutput:
 
     state.window += 1
     state.num_examples += len(window.rows)
-    state.num_images += window.num_images
-    state.num_tokens += window.num_tokens
+    state.num_images += sum(window.images)
+    state.num_tokens += sum(window.lengths)
+    if state.growing:
+        state.micro_batch_size = min(2 * state.micro_batch_size, state.config.global_batch_size)
     if skipped:
         state.skipped_windows += 1
         state.skips_in_a_row += 1
@@ -135,6 +138,37 @@ def train_step(state: TrainState, window: Window) -> StepOutput:
         state.unlogged_loss += loss
         state.unlogged_steps += 1
     return StepOutput(loss, grad_norm, learning_rate, skipped)
+
+
+def _try_backward(state: TrainState, window: Window) -> Tensor | None:
+    """Loss of a window, its scaled gradient added up; ``None`` if the memory did not suffice."""
+    loss = torch.zeros((), device=state.device)
+    try:
+        for batch in window.micro_batches(state.micro_batch_size):
+            with models.autocast(state.device, models.DTYPES[state.config.precision]):
+                logits = state.model(**batch.inputs(), use_cache=False).logits  # (B, T, V)
+            # Divided by the whole window's targets, the micro-batches' gradients add up to the
+            # gradient of the window's mean, whatever their lengths.
+            micro_loss = summed_cross_entropy(logits, batch.labels) / window.num_targets
+            state.scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+    except torch.OutOfMemoryError:
+        if state.micro_batch_size == 1:
+            raise
+        return None  # the failed try's tensors go with the exception
+    return loss
+
+
+def _halve_micro_batch(state: TrainState) -> None:
+    if state.device.type == "cuda":
+        torch.cuda.empty_cache()
+    failed, state.micro_batch_size = state.micro_batch_size, state.micro_batch_size // 2
+    state.growing = False
+    logger.warning(
+        "out of memory with %d examples per micro-batch in window %d: it is done again, and the "
+        "run goes on, with micro_batch_size=%d",
+        *(failed, state.window, state.micro_batch_size),
+    )
 
 
 def train(
@@ -183,82 +217,145 @@ def train(
         reader,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
-        micro_batch_size=config.micro_batch_size,
         augment=config.augment,
     )
-    reader.check(windows.first_rows(ROWS_CHECKED))
+    origin = {
+        "base": models.base_fingerprint(model),
+        "train_rows": reader.check(windows.first_rows(ROWS_CHECKED)),
+        "eval_rows": None,
+    }
     held_out = None
     if eval_rows is not None:
         eval_reader = RowReader(eval_rows, "eval_rows", to_example, collator)
-        eval_reader.check(range(min(len(eval_reader), ROWS_CHECKED)))
+        origin["eval_rows"] = eval_reader.check(range(min(len(eval_reader), ROWS_CHECKED)))
         held_out = EvalBatches(eval_reader, config.eval_batch_size)
     output_dir = Path(config.output_dir)
-    resume_from = _resume_from(config)
-
-    torch.manual_seed(config.seed)  # dropout
-    models.set_compute_dtype(model, models.DTYPES[config.precision])
-    models.set_activation_checkpointing(model, config.gradient_checkpointing)
-    state = TrainState(
-        model=model,
-        optimizer=make_optimizer(trainable.values(), config),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        config=config,
-        total_steps=config.total_steps(len(reader)),
-        device=device,
-        unlogged_loss=torch.zeros((), dtype=torch.float64, device=device),
+    loading = partial(
+        Loading,
+        num_workers=config.num_workers,
+        pin=device.type == "cuda",
+        timeout_s=config.loader_timeout_s,
     )
-    if resume_from is not None:
-        state.restore(load_checkpoint(resume_from), str(resume_from))
-        logger.info("resumed from %s at step %d", resume_from, state.global_step)
-    model.train()
-    pin = device.type == "cuda"
-    if pin:
-        torch.cuda.reset_peak_memory_stats(device)
-    started = _Clock(state)
-    progress = tqdm(total=state.total_steps, initial=state.global_step, unit="step", disable=None)
 
-    def log(record: dict[str, float]) -> None:
-        epoch = state.num_examples / len(reader)
-        record = {**record, "epoch": round(epoch, 4), "step": state.global_step}
-        state.log_history.append(record)
-        if on_log is not None:
-            on_log(record)
+    with (
+        RunLock(output_dir),
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="rotation") as background,
+        StopSignals() as stop,
+    ):
+        clear_leftovers(output_dir)
+        torch.manual_seed(config.seed)  # dropout
+        models.set_compute_dtype(model, models.DTYPES[config.precision])
+        models.set_activation_checkpointing(model, config.gradient_checkpointing)
+        state = TrainState(
+            model=model,
+            optimizer=make_optimizer(trainable.values(), config),
+            scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+            config=config,
+            total_steps=config.total_steps(len(reader)),
+            device=device,
+            origin=origin,
+            unlogged_loss=torch.zeros((), dtype=torch.float64, device=device),
+        )
+        saved_step = 0
+        if (checkpoint := _resume_from(config)) is not None:
+            state.restore(load_checkpoint(checkpoint), checkpoint)
+            set_aside(output_dir, newer_than=checkpoint)
+            saved_step = state.global_step
+            logger.info("resumed from %s at step %d", checkpoint, state.global_step)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        clock = _Clock(state)
 
-    loader = iter(window_loader(windows, state.window, config.num_workers, pin))
-    while state.global_step < state.total_steps:
-        output = train_step(state, next(loader))
-        if output.skipped:
-            _check_skips(state)
-            continue
-        progress.update()
-        last = state.global_step == state.total_steps
-        if last or due(state.global_step, config.logging_steps):
-            log(_training_record(state, output))
-            progress.set_postfix(loss=f"{state.log_history[-1]['loss']:.3f}")
-        eval_loss = None
-        if held_out is not None and (last or due(state.global_step, config.eval_steps)):
-            record = _evaluate(model, eval_loader(held_out, config.num_workers, pin), device)
-            log(record)
-            eval_loss = record["eval_loss"]
-        if last or due(state.global_step, config.save_steps):
-            if eval_loss is not None and eval_loss < (state.best_metric or math.inf):
-                state.best_metric, state.best_step = eval_loss, state.global_step
-            save_checkpoint(output_dir, state.global_step, state.snapshot())
-            rotate(output_dir, config.save_total_limit, _best_checkpoint(state))
-    progress.close()
+        def log(record: dict[str, Any]) -> None:
+            epoch = state.num_examples / len(reader)
+            record = {**record, "epoch": round(epoch, 4), "step": state.global_step}
+            state.log_history.append(record)
+            if on_log is not None:
+                on_log(record)
 
-    metrics = started.metrics(state, len(reader))
-    best = _best_checkpoint(state)
-    if config.load_best_model_at_end and best is not None and state.best_step != state.global_step:
-        models.load_adapter(model, load_checkpoint(best).adapter, str(best))
-    model.eval()
-    return TrainResult(
-        global_step=state.global_step,
-        training_loss=metrics["train_loss"],
-        metrics=metrics,
-        log_history=[*state.log_history, {**metrics, "step": state.global_step}],
-        best_checkpoint=best,
-    )
+        def save(eval_loss: float | None = None) -> None:
+            nonlocal saved_step
+            clock.update(state)
+            folder = output_dir / f"checkpoint-{state.global_step}"
+            best_before = state.best_metric, state.best_checkpoint
+            best_metric = float("inf") if state.best_metric is None else state.best_metric
+            if eval_loss is not None and eval_loss < best_metric:
+                state.best_metric, state.best_checkpoint = eval_loss, folder
+            try:
+                save_checkpoint(folder, state.snapshot())
+            except OSError as error:
+                state.best_metric, state.best_checkpoint = best_before
+                message = f"{folder} cannot be written ({error}); earlier checkpoints are whole"
+                ended = state.global_step == state.total_steps or stop.received is not None
+                if ended or config.on_save_error == "raise":
+                    raise OSError(
+                        error.errno,
+                        f"{message}; make room, then start the script again: it goes on from the "
+                        "newest checkpoint",
+                    ) from error
+                logger.error("%s; training goes on and tries again later", message)
+            else:
+                saved_step = state.global_step
+                rotate(output_dir, config.save_total_limit, state.best_checkpoint, background)
+
+        model.train()
+        with (
+            loading(windows, first=state.window) as stream,
+            tqdm(
+                total=state.total_steps, initial=state.global_step, unit="step", disable=None
+            ) as progress,
+        ):
+            while state.global_step < state.total_steps and stop.received is None:
+                try:
+                    with clock.waiting():
+                        window = next(stream)
+                    output = train_step(state, window)
+                except LoaderError:
+                    if saved_step != state.global_step:
+                        save()
+                    raise
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{error}; {_dump(state, window)}") from error
+                if output.skipped:
+                    _report_skip(state, window)
+                    if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
+                        overflow = _endless_overflow(state)
+                        state.skips_in_a_row = 0  # a resumed run may try as often again
+                        if saved_step != state.global_step:
+                            save()
+                        raise overflow
+                    continue
+
+                progress.update()
+                last = state.global_step == state.total_steps
+                if last or due(state.global_step, config.logging_steps):
+                    log(_training_record(state, output, clock))
+                    progress.set_postfix(loss=f"{state.log_history[-1]['loss']:.3f}")
+                eval_loss = None
+                if held_out is not None and (last or due(state.global_step, config.eval_steps)):
+                    record = _evaluate(model, loading(held_out), device)
+                    log(record)
+                    eval_loss = record["eval_loss"]
+                if last or due(state.global_step, config.save_steps):
+                    save(eval_loss)
+            if stop.received is not None and saved_step != state.global_step:
+                save()
+
+        clock.update(state)
+        metrics = _metrics(state, len(reader))
+        best = state.best_checkpoint
+        finished = state.global_step == state.total_steps
+        if finished and config.load_best_model_at_end and best is not None:
+            models.load_adapter(model, load_checkpoint(best).adapter, str(best))
+        model.eval()
+        return TrainResult(
+            global_step=state.global_step,
+            training_loss=metrics["train_loss"],
+            metrics=metrics,
+            log_history=[*state.log_history, {**metrics, "step": state.global_step}],
+            best_checkpoint=best,
+            stopped_by=None if finished or stop.received is None else stop.received.name,
+        )
 
 
 def evaluate(
@@ -292,7 +389,8 @@ def evaluate(
     collator = Collator(processor, loss_on, models.num_embeddings(model))
     batches = EvalBatches(RowReader(rows, "rows", to_example, collator), batch_size)
     device = next(model.parameters()).device
-    return _evaluate(model, eval_loader(batches, num_workers, device.type == "cuda"), device)
+    loading = Loading(batches, num_workers=num_workers, pin=device.type == "cuda")
+    return _evaluate(model, loading, device)
 
 
 def due(step: int, every: int) -> bool:
@@ -301,13 +399,14 @@ def due(step: int, every: int) -> bool:
 
 
 def _evaluate(
-    model: models.Model, loader: DataLoader[Batch], device: torch.device
+    model: models.Model, loading: Loading[Batch], device: torch.device
 ) -> dict[str, float]:
     started = time.perf_counter()
-    num_examples = num_targets = 0
+    num_batches = num_examples = num_targets = 0
     total = torch.zeros((), dtype=torch.float64, device=device)
-    with models.evaluation_mode(model):
-        for batch in loader:
+    with models.evaluation_mode(model), loading as batches:
+        for batch in batches:
+            num_batches += 1
             num_examples += len(batch.input_ids)
             num_targets += batch.num_targets
             batch = batch.to(device)
@@ -319,16 +418,17 @@ def _evaluate(
         "eval_loss": loss,
         "eval_runtime": seconds,
         "eval_samples_per_second": num_examples / seconds,
-        "eval_steps_per_second": len(loader) / seconds,
+        "eval_steps_per_second": num_batches / seconds,
     }
 
 
-def _training_record(state: TrainState, output: StepOutput) -> dict[str, float]:
+def _training_record(state: TrainState, output: StepOutput, clock: _Clock) -> dict[str, float]:
     loss_sum = state.unlogged_loss.item()  # sync
     record = {
         "loss": loss_sum / state.unlogged_steps,
         "grad_norm": output.grad_norm.item(),
         "learning_rate": output.learning_rate,
+        "data_wait_s": clock.data_wait(),
     }
     state.loss_sum += loss_sum
     state.unlogged_loss.zero_()
@@ -336,26 +436,48 @@ def _training_record(state: TrainState, output: StepOutput) -> dict[str, float]:
     return record
 
 
-def _check_skips(state: TrainState) -> None:
-    scale = state.scaler.get_scale()
+def _report_skip(state: TrainState, window: Window) -> None:
     logger.warning(
         "window %d skipped: its fp16 gradients overflowed; loss scale now %g",
-        state.window - 1,
-        scale,
+        *(state.window - 1, state.scaler.get_scale()),
     )
-    if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
-        raise FloatingPointError(
-            f"{state.skips_in_a_row} windows in a row had fp16 gradients that overflow, the loss "
-            f"scale has fallen to {scale:g}, and nothing is learnt (step {state.global_step}): set "
-            "precision='bf16' (on an Ampere GPU or newer) or 'fp32', or lower learning_rate; the "
-            "last checkpoint is from before"
-        )
+    if state.skipped_windows > 1:
+        return
+    # Once a run, the pass is done again to say where it happened, with the same dropout masks.
+    rng = rng_tensors(state.device)
+    restore_rng(state.window_rng, state.device)
+    with models.autocast(state.device, models.DTYPES[state.config.precision]):
+        batches = window.to(state.device).micro_batches(state.micro_batch_size)
+        name = first_nonfinite_module(state.model, batches)
+    restore_rng(rng, state.device)
+    if name is None:
+        logger.warning("its forward pass is finite: the loss scale was too large, as is usual once")
+    else:
+        logger.warning("the first module with an output that is not finite is %s", name)
 
 
-def _best_checkpoint(state: TrainState) -> Path | None:
-    if state.best_step is None:
-        return None
-    return Path(state.config.output_dir) / f"checkpoint-{state.best_step}"
+def _endless_overflow(state: TrainState) -> FloatingPointError:
+    return FloatingPointError(
+        f"{state.skips_in_a_row} windows in a row had fp16 gradients that overflow, the loss scale "
+        f"has fallen to {state.scaler.get_scale():g}, and nothing is learnt (step "
+        f"{state.global_step}): set precision='bf16' (on an Ampere GPU or newer) or 'fp32' and "
+        "start again, which goes on from the newest checkpoint, or lower learning_rate"
+    )
+
+
+def _dump(state: TrainState, window: Window) -> str:
+    """Save what led to a value that is not finite; the words that tell where."""
+    folder = Path(state.config.output_dir) / f"failed-window-{state.window}"
+    tensors = {name: getattr(window.batch, name) for name in ("input_ids", "labels")}
+    tensors |= {name: getattr(window.batch, name) for name in ("pixel_values", "attention_mask")}
+    try:
+        save_checkpoint(folder, state.snapshot(rng=state.window_rng), extra=tensors)
+    except OSError as error:
+        return f"the state before it could not be saved ({error})"
+    return (
+        f"the state before it is in {folder}, with the window's tensors in extra.safetensors: "
+        f"resume={str(folder)!r} does the window again"
+    )
 
 
 def _resume_from(config: TrainConfig) -> Path | None:
@@ -372,31 +494,49 @@ def _resume_from(config: TrainConfig) -> Path | None:
 
 
 class _Clock:
-    """Time and work of this process's part of a run."""
+    """Time of this process's part of a run."""
 
     def __init__(self, state: TrainState) -> None:
-        self.time = time.perf_counter()
-        self.step = state.global_step
-        self.examples = state.num_examples
-        self.tokens = state.num_tokens
+        self._start = time.perf_counter() - state.seconds
+        self._waited = 0.0
+        self._windows = 0
 
-    def metrics(self, state: TrainState, num_rows: int) -> dict[str, float]:
-        seconds = time.perf_counter() - self.time
-        flops = models.training_flops(
-            state.model.get_base_model().config, state.num_tokens, state.num_images
-        )
-        loss_sum = state.loss_sum + state.unlogged_loss.item()
-        return {
-            "train_runtime": seconds,
-            "train_samples_per_second": (state.num_examples - self.examples) / seconds,
-            "train_steps_per_second": (state.global_step - self.step) / seconds,
-            "train_tokens_per_second": (state.num_tokens - self.tokens) / seconds,
-            "train_loss": loss_sum / max(1, state.global_step),
-            "epoch": state.num_examples / num_rows,
-            "total_flos": flops,
-            "skipped_windows": state.skipped_windows,
-            "peak_memory_bytes": peak_memory_bytes(state.device),
-        }
+    def update(self, state: TrainState) -> None:
+        state.seconds = time.perf_counter() - self._start
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent in this block is time the device waits for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+        self._windows += 1
+
+    def data_wait(self) -> float:
+        """Mean seconds of waiting per window since the last call."""
+        mean = self._waited / max(1, self._windows)
+        self._waited, self._windows = 0.0, 0
+        return mean
+
+
+def _metrics(state: TrainState, num_rows: int) -> dict[str, float]:
+    seconds = max(state.seconds, 1e-9)
+    flops = models.training_flops(
+        state.model.get_base_model().config, state.num_tokens, state.num_images
+    )
+    loss_sum = state.loss_sum + state.unlogged_loss.item()
+    return {
+        "train_runtime": state.seconds,
+        "train_samples_per_second": state.num_examples / seconds,
+        "train_steps_per_second": state.global_step / seconds,
+        "train_tokens_per_second": state.num_tokens / seconds,
+        "train_loss": loss_sum / max(1, state.global_step),
+        "epoch": state.num_examples / num_rows,
+        "total_flos": flops,
+        "skipped_windows": state.skipped_windows,
+        "micro_batch_size": state.micro_batch_size,
+        "peak_memory_bytes": peak_memory_bytes(state.device),
+    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -14,9 +14,8 @@ from idefics_qlora.batches import (
     RowReader,
     Windows,
     epoch_order,
-    eval_loader,
-    window_loader,
 )
+from idefics_qlora.loading import Loading
 
 QUESTION = "Question: What's on the picture? Answer:"
 
@@ -136,7 +135,7 @@ def test_left_padding_moves_nothing_else(collator, picture):
 
 
 def windows(processor, examples, **changes):
-    settings = {"seed": 7, "global_batch_size": 16, "micro_batch_size": 4, "augment": True}
+    settings = {"seed": 7, "global_batch_size": 16, "augment": True}
     reader = RowReader(examples, "train_rows", None, Collator(processor))
     return Windows(reader, **{**settings, **changes})
 
@@ -152,14 +151,13 @@ def test_a_window_is_a_function_of_its_number(processor, examples):
     expected = [first[w] for w in range(4)]  # 40 rows: window 2 crosses into the second epoch
     again = windows(processor, examples)
     for w in (3, 1, 2, 0):
-        assert all(map(equal, again[w].batches, expected[w].batches))
+        assert equal(again[w].batch, expected[w].batch)
     for workers in (0, 2):
-        loader = iter(window_loader(again, 1, workers, pin=False))
-        for w in (1, 2, 3):
-            window = next(loader)
-            assert window.rows == expected[w].rows
-            assert all(map(equal, window.batches, expected[w].batches))
-        del loader
+        with Loading(again, first=1, num_workers=workers) as loading:
+            for w in (1, 2, 3):
+                window = next(loading)
+                assert window.rows == expected[w].rows
+                assert equal(window.batch, expected[w].batch)
 
 
 def test_another_seed_gives_other_windows(processor, examples):
@@ -179,29 +177,33 @@ def test_every_epoch_is_a_permutation(processor, examples):
     assert epoch_order(7, 0, 40).tolist() == orders[0]
 
 
-def test_micro_batches_hold_the_same_examples(processor, examples):
-    """The micro-batch size cuts a window differently and changes nothing in it."""
-    whole = windows(processor, examples, micro_batch_size=16)[0]
-    parts = windows(processor, examples, micro_batch_size=3)[0]
-    assert [len(batch.input_ids) for batch in parts.batches] == [3, 3, 3, 3, 3, 1]
-    assert (whole.num_targets, whole.num_tokens, whole.rows) == (
-        parts.num_targets,
-        parts.num_tokens,
-        parts.rows,
+def test_micro_batches_are_what_collating_them_alone_gives(processor, examples, picture):
+    """A window's parts, cut to their own longest example, equal batches made of those examples."""
+    several = [iq.Example([picture, picture, "What are they?"], " Two."), *examples[:15]]
+    window = windows(processor, several, augment=False)[0]
+    parts = window.micro_batches(3)
+    assert [len(part.input_ids) for part in parts] == [3, 3, 3, 3, 3, 1]
+    assert {part.pixel_values.shape[1] for part in parts} == {1, 2}
+    assert sum(part.num_targets for part in parts) == window.num_targets
+    assert [part.input_ids.shape[1] for part in parts] == list(window.lengths[::3])
+    collator = Collator(processor)
+    by_length = sorted(
+        (several[row] for row in window.rows),
+        key=lambda example: len(collator.tokens([example])[0].ids),
+        reverse=True,
     )
-    lengths = [int(batch.attention_mask.sum(1).max()) for batch in parts.batches]
-    assert lengths == sorted(lengths, reverse=True)
-    assert sum(batch.num_targets for batch in parts.batches) == parts.num_targets
+    for i, part in enumerate(parts):
+        assert equal(part, collator(by_length[3 * i : 3 * i + 3]))
 
 
 def test_augmentation_crops_each_epoch_anew(processor, examples):
     """A row's picture differs between epochs; without augmentation it is the processor's."""
     reader = RowReader(examples[:1], "train_rows", None, Collator(processor))
-    settings = {"seed": 7, "global_batch_size": 1, "micro_batch_size": 1}
+    settings = {"seed": 7, "global_batch_size": 1}
     cropped = Windows(reader, augment=True, **settings)
-    pictures = [cropped[w].batches[0].pixel_values for w in range(4)]
+    pictures = [cropped[w].batch.pixel_values for w in range(4)]
     assert not all(torch.equal(pictures[0], other) for other in pictures[1:])
-    plain = Windows(reader, augment=False, **settings)[0].batches[0]
+    plain = Windows(reader, augment=False, **settings)[0].batch
     (expected,) = reader.collator.pixels(examples[0].prompt)
     assert torch.equal(plain.pixel_values[0, 0], expected)
 
@@ -209,7 +211,7 @@ def test_augmentation_crops_each_epoch_anew(processor, examples):
 def test_evaluation_keeps_the_order(processor, examples):
     """Every row once, in order, the last batch smaller."""
     batches = EvalBatches(RowReader(examples[:7], "eval_rows", None, Collator(processor)), 3)
-    sizes = [len(batch.input_ids) for batch in eval_loader(batches, 0, pin=False)]
+    sizes = [len(batch.input_ids) for batch in Loading(batches)]
     assert sizes == [3, 3, 1]
     assert equal(batches[1], Collator(processor)(examples[3:6]))
 

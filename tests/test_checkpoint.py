@@ -1,11 +1,7 @@
 """Checkpoints on disk: whole or not at all, verified, rotated."""
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,10 +10,12 @@ import idefics_qlora as iq
 from idefics_qlora.checkpoint import (
     CheckpointError,
     Snapshot,
+    clear_leftovers,
     load_checkpoint,
     rotate,
-    save_checkpoint,
+    set_aside,
 )
+from idefics_qlora.checkpoint import save_checkpoint as save
 
 
 def snapshot(value: float = 1.0) -> Snapshot:
@@ -28,6 +26,12 @@ def snapshot(value: float = 1.0) -> Snapshot:
         rng={"cpu": torch.get_rng_state()},
         state={"global_step": 3, "scaler": {"scale": 65536.0}},
     )
+
+
+def save_checkpoint(output_dir, step, content):
+    folder = output_dir / f"checkpoint-{step}"
+    save(folder, content)
+    return folder
 
 
 def test_what_is_saved_comes_back(tmp_path):
@@ -107,22 +111,60 @@ def test_an_incomplete_save_leaves_no_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
-def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+@pytest.fixture
+def background():
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path, background):
     """The oldest go first; best, newest and folders of others stay."""
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, step, snapshot())
     (tmp_path / "checkpoint-0").mkdir()  # not ours: it has no manifest
-    rotate(tmp_path, None, None)
-    assert len(list(tmp_path.iterdir())) == 5
-    rotate(tmp_path, 2, tmp_path / "checkpoint-1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint-0",
-        "checkpoint-1",
-        "checkpoint-4",
-    ]
-    rotate(tmp_path, 1, tmp_path / "checkpoint-1")
-    assert (tmp_path / "checkpoint-1").exists()
-    assert (tmp_path / "checkpoint-4").exists()
+    rotate(tmp_path, None, None, background)
+    assert len(names(tmp_path)) == 5
+    rotate(tmp_path, 2, tmp_path / "checkpoint-1", background)
+    background.submit(int).result()  # the deletions before it are done
+    assert names(tmp_path) == ["checkpoint-0", "checkpoint-1", "checkpoint-4"]
+    rotate(tmp_path, 1, tmp_path / "checkpoint-1", background)
+    assert names(tmp_path) == ["checkpoint-0", "checkpoint-1", "checkpoint-4"]
+
+
+def test_a_deletion_that_fails_is_survived(tmp_path, background, caplog, monkeypatch):
+    """Whether the rename or the removal is refused, the run goes on and says which folder stays."""
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, snapshot())
+
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rename", refuse)
+        rotate(tmp_path, 1, None, background)
+    assert "checkpoint-1 cannot be deleted" in caplog.text
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", refuse)
+        rotate(tmp_path, 2, None, background)
+        background.submit(int).result()
+    assert ".checkpoint-1.deleted cannot be deleted" in caplog.text
+    assert names(tmp_path) == [".checkpoint-1.deleted", "checkpoint-2", "checkpoint-3"]
+    clear_leftovers(tmp_path)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_going_back_sets_newer_checkpoints_aside(tmp_path):
+    """A run that goes on from an older checkpoint is not mixed up with what it had become."""
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, snapshot())
+    set_aside(tmp_path / "another", newer_than=tmp_path / "checkpoint-2")  # not that run's folder
+    set_aside(tmp_path, newer_than=tmp_path / "checkpoint-2")
+    assert names(tmp_path) == ["abandoned-checkpoint-3", "checkpoint-1", "checkpoint-2"]
 
 
 def test_a_damaged_checkpoint_is_replaced(tmp_path):
@@ -132,46 +174,3 @@ def test_a_damaged_checkpoint_is_replaced(tmp_path):
     save_checkpoint(tmp_path, 1, snapshot(2.0))
     assert load_checkpoint(folder).adapter["a"][0, 0] == 2.0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-
-
-RUN = """
-import sys
-import idefics_qlora as iq
-from idefics_qlora.examples import pokemon_card_example
-
-model, processor = iq.tiny.load_model(device="cpu")
-cards = iq.tiny.creature_cards(8, seed=0)
-config = iq.TrainConfig(
-    output_dir=sys.argv[1], max_steps=1000, global_batch_size=2, precision="fp32", save_steps=1,
-    logging_steps=1, load_best_model_at_end=False, num_workers=1,
-)
-iq.train(iq.add_lora(model), processor, cards, config=config,
-         on_log=lambda record: print("step", record["step"], flush=True))
-"""
-
-
-def test_ctrl_c_leaves_complete_checkpoints_only(tmp_path):
-    """Interrupted in the middle of training, every checkpoint verifies and no other file stays."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-    for line in process.stdout:
-        if line.strip() == "step 3":
-            break
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "KeyboardInterrupt" in errors
-    complete = [path for path in tmp_path.iterdir() if path.name.startswith("checkpoint-")]
-    assert len(complete) >= 2
-    for folder in complete:
-        state = load_checkpoint(folder).state
-        assert json.dumps(state)
-    leftovers = {path.name for path in tmp_path.iterdir()} - {path.name for path in complete}
-    assert all(name.startswith(".checkpoint-") for name in leftovers)
-    shutil.rmtree(tmp_path)

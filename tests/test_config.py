@@ -56,9 +56,11 @@ def test_fields_are_frozen_names():
         "eval_batch_size",
         "loss_on",
         "augment",
+        "on_save_error",
         "resume",
         "seed",
         "num_workers",
+        "loader_timeout_s",
     ]
 
 

@@ -53,7 +53,6 @@ def windows_of(processor, examples, config):
         RowReader(examples, "train_rows", None, Collator(processor, config.loss_on)),
         seed=config.seed,
         global_batch_size=config.global_batch_size,
-        micro_batch_size=config.micro_batch_size,
         augment=config.augment,
     )
 
@@ -78,7 +77,7 @@ def test_parity_with_hugging_face_trainer(base, processor, examples, tmp_path):
     micro_batches = [
         {**batch.inputs(), "labels": batch.labels}
         for w in range(config.max_steps)
-        for batch in windows[w].batches
+        for batch in windows[w].micro_batches(config.micro_batch_size)
     ]
     assert len(micro_batches) == 4 * config.max_steps
 
@@ -140,7 +139,7 @@ def test_the_window_decides_not_the_micro_batch(base, processor, examples):
         config = config_of("unused", global_batch_size=16, micro_batch_size=micro_batch_size)
         window = windows_of(processor, examples, config)[0]
         model.zero_grad()
-        for batch in window.batches:
+        for batch in window.micro_batches(config.micro_batch_size):
             logits = model(**batch.inputs(), use_cache=False).logits
             loss = iq.training.summed_cross_entropy(logits, batch.labels) / window.num_targets
             loss.backward()
@@ -156,7 +155,7 @@ def test_the_window_decides_not_the_micro_batch(base, processor, examples):
 def test_averaging_per_micro_batch_would_not_do(processor, examples):
     """The control of the test above: micro-batches do differ in their number of targets."""
     window = windows_of(processor, examples, config_of("unused", global_batch_size=16))[0]
-    assert len({batch.num_targets for batch in window.batches}) > 1
+    assert len({batch.num_targets for batch in window.micro_batches(2)}) > 1
 
 
 def test_an_overflow_skips_the_update(lora, processor, examples):
@@ -266,6 +265,7 @@ def test_learning_lowers_the_loss(lora, processor, examples, tmp_path):
         "epoch",
         "total_flos",
         "skipped_windows",
+        "micro_batch_size",
         "peak_memory_bytes",
     }
     # The model that comes back is the best one.

@@ -1,0 +1,192 @@
+"""What can go wrong while training: signals, values that are not finite, a folder in use.
+
+Nothing here knows the loop; it asks these objects and decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from idefics_qlora.batches import Batch
+
+logger = logging.getLogger(__name__)
+
+
+class StopSignals:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a request that the loop meets after its step.
+
+    The first signal is noted in :attr:`received`. A second one does at once what it would have done
+    without us. Signals that the process ignores stay ignored. Handlers can be set in the main
+    thread only; elsewhere nothing is installed, and a log line says so.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is not threading.main_thread():
+            logger.warning(
+                "train() runs outside the main thread, where signals cannot be handled: SIGTERM or "
+                "Ctrl-C will not save a checkpoint first"
+            )
+            return self
+        for number in self.SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            self.__exit__()
+            signal.raise_signal(number)
+            return
+        self.received = signal.Signals(number)
+        # Not through logging: the signal may have come while a logging lock was held.
+        message = f"\n{self.received.name}: finishing this step and saving; again to stop at once\n"
+        with contextlib.suppress(OSError):
+            os.write(2, message.encode())
+
+
+def ignore_stop_signals() -> None:
+    """Let a loader worker live on when its whole process group is signalled.
+
+    The main process decides when its workers end; a worker that died of Ctrl-C would take the step
+    that is being finished with it.
+    """
+    for number in StopSignals.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class RunLock:
+    """Keeps a second run out of an output folder for as long as this one lives.
+
+    A POSIX record lock on ``.lock`` in the folder: the kernel drops it when the process dies,
+    however it dies, and loader workers do not inherit it.
+
+    Args:
+        folder: The run's output folder; created when missing.
+
+    Raises:
+        OSError: If the folder cannot be made or written to; the message names it.
+        RuntimeError: If another live run holds it.
+    """
+
+    _held: ClassVar[set[Path]] = set()  # record locks do not exclude runs of one process
+    _guard = threading.Lock()
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: int | None = None
+
+    def __enter__(self) -> RunLock:
+        path = self.folder / ".lock"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with RunLock._guard:
+                if self.folder.resolve() in RunLock._held:
+                    raise self._refusal("this very process")
+                self._file = self._locked(path)
+                RunLock._held.add(self.folder.resolve())
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"output_dir={str(self.folder)!r} cannot be written to ({error.strerror}): choose "
+                "another folder",
+                str(path),
+            ) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        with RunLock._guard:
+            RunLock._held.discard(self.folder.resolve())
+            (self.folder / ".lock").unlink(missing_ok=True)  # while it is still locked
+            os.close(self._file)
+
+    def _locked(self, path: Path) -> int:
+        while True:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                holder = os.read(file, 200).decode(errors="replace").strip()
+                os.close(file)
+                raise self._refusal(holder or "another process") from None
+            # Between our open and our lock its last holder may have removed the file.
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == os.fstat(file).st_ino:
+                    os.ftruncate(file, 0)
+                    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                    return file
+            os.close(file)
+
+    def _refusal(self, holder: str) -> RuntimeError:
+        return RuntimeError(
+            f"output_dir={str(self.folder)!r} is in use by another run ({holder}): choose another "
+            "folder, or stop that run first"
+        )
+
+
+def first_nonfinite_module(model: nn.Module, batches: Iterable[Batch]) -> str | None:
+    """Name of the first module, in the order of execution, with an output that is not finite.
+
+    Runs the forward pass again, without gradients, under the caller's autocast; every module waits
+    for the device, so it is for the one window that needs explaining.
+
+    Returns:
+        The module's name, or ``None`` if all outputs are finite.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def check(_: nn.Module, __: Any, output: Any) -> None:
+            if not found and any(not t.isfinite().all() for t in _tensors(output)):  # sync
+                found.append(name)
+
+        return check
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch.inputs(), use_cache=False)
+                if found:
+                    return found[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return None
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, (tuple, list)):
+        for item in output:
+            yield from _tensors(item)
+    elif isinstance(output, dict):  # a model's output
+        yield from _tensors(list(output.values()))

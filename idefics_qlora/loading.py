@@ -1,0 +1,158 @@
+"""Worker processes that load windows and evaluation batches ahead, watched over.
+
+A worker that dies or hangs is found, named, and cannot take the run's state with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from itertools import count
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from idefics_qlora.faults import ignore_stop_signals
+
+T = TypeVar("T", covariant=True)
+
+
+class LoaderError(RuntimeError):
+    """A loader worker died or hangs; the message names it and what it was to load."""
+
+
+class Loading(Generic[T]):
+    """Items of a dataset in order, from number ``first`` on, loaded ahead; a context manager.
+
+    Args:
+        items: What to load. Without a length, the items have no end.
+        first: Number of the first item.
+        num_workers: Processes; 0 loads in this one.
+        pin: Whether the tensors shall be in page-locked memory, for a GPU.
+        timeout_s: Seconds to wait for an item from a worker; ``None`` for any time.
+    """
+
+    def __init__(
+        self,
+        items: Dataset[T],
+        *,
+        first: int = 0,
+        num_workers: int = 0,
+        pin: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        self.number = first
+        self.timeout_s = timeout_s
+        order: Iterable[int] = count(first)
+        if isinstance(items, Sized):
+            order = range(first, len(items))
+            num_workers = min(num_workers, len(items))
+        self._loader = DataLoader(
+            items,
+            batch_size=None,
+            sampler=_Order(order),
+            num_workers=num_workers,
+            pin_memory=pin,
+            timeout=timeout_s or 0 if num_workers else 0,
+            worker_init_fn=_start_worker,
+            # Without a generator of its own, each iterator would draw a seed from the global one,
+            # and an evaluation or a restart would shift the dropout masks.
+            generator=torch.Generator(),
+        )
+        self._iterator: Iterator[T] | None = None
+        self._workers: list[BaseProcess] = []
+
+    def __enter__(self) -> Loading[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Not left to the iterator's end: the traceback of an error may keep it alive.
+        shut_down = getattr(self._iterator, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+        for worker in self._workers:  # one that hangs would keep the interpreter from ending
+            if worker.is_alive():
+                worker.kill()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        """The next item.
+
+        Raises:
+            LoaderError: If a worker died, or did not give the item in time.
+        """
+        dead = [worker for worker in self._workers if not worker.is_alive()]
+        if dead:
+            raise self._error(f"ended with exit code {dead[0].exitcode}", dead[0])
+        try:
+            with _child_signals():
+                if self._iterator is None:  # the workers start with the first item
+                    before = multiprocessing.active_children()
+                    self._iterator = iter(self._loader)
+                    children = multiprocessing.active_children()
+                    self._workers = [child for child in children if child not in before]
+                    self._workers.sort(key=lambda worker: worker.pid or 0)
+                item = next(self._iterator)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            dead = [worker for worker in self._workers if not worker.is_alive()]
+            if dead:
+                reason = f"ended with exit code {dead[0].exitcode}"
+                raise self._error(reason, dead[0]) from error
+            reason = f"gave nothing for {self.timeout_s:g} s"
+            raise self._error(reason, self._workers[self.number % len(self._workers)]) from error
+        self.number += 1
+        return item
+
+    def _error(self, reason: str, worker: Any) -> LoaderError:
+        return LoaderError(
+            f"loader worker {worker.name} (process {worker.pid}) {reason} while item {self.number} "
+            "was awaited: a negative exit code is a signal (-9: often the memory ran out); look at "
+            "the rows named, use fewer num_workers, or 0 to see an error where it happens"
+        )
+
+
+class _Order(Sampler[int]):
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self.numbers = numbers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
+
+
+@contextmanager
+def _child_signals() -> Iterator[None]:
+    """Let PyTorch's SIGCHLD handler, which raises when a worker dies, act in this block only.
+
+    Anywhere else the exception would come in the middle of whatever is being computed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    outside = signal.getsignal(signal.SIGCHLD)
+    if _handlers:
+        signal.signal(signal.SIGCHLD, _handlers[-1])
+    try:
+        yield
+    finally:
+        inside = signal.getsignal(signal.SIGCHLD)
+        if inside != outside:
+            _handlers[:] = [inside]
+            signal.signal(signal.SIGCHLD, outside)
+
+
+_handlers: list[Any] = []
+"""PyTorch's handler, once it has set it."""
+
+
+def _start_worker(_: int) -> None:
+    ignore_stop_signals()
+    torch.set_num_threads(1)  # workers share the cores; each resizes one picture at a time
