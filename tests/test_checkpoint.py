@@ -1,6 +1,5 @@
 """Checkpoints on disk: whole or not at all, verified, rotated."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest

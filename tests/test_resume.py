@@ -1,0 +1,303 @@
+"""A run that was interrupted ends bit for bit like one that was not."""
+
+import copy
+import dataclasses
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig
+
+import idefics_qlora as iq
+from idefics_qlora.checkpoint import load_checkpoint
+from idefics_qlora.checkpoint import save_checkpoint as save
+
+STEPS = 6
+CLOCKS = ("seconds", "data_wait_s", "eval_runtime", "eval_samples_per_second")
+CLOCKS += ("eval_steps_per_second",)
+MARKER = "xyzzy"
+"""A row with this word makes its window overflow."""
+
+
+def config_of(folder, **changes):
+    """Everything on that has a state: fp16 scaling, dropout, crops, 8-bit AdamW, the best."""
+    settings = {
+        "output_dir": folder,
+        "max_steps": STEPS,
+        "global_batch_size": 4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "logging_steps": 2,
+        "eval_steps": 1,
+        "save_steps": 1,
+        "save_total_limit": None,
+        "num_workers": 0,
+    }
+    return iq.TrainConfig(**{**settings, **changes})
+
+
+@pytest.fixture
+def rows(examples):
+    """Ten rows: windows of four cross the borders of epochs, and step 5 ends one."""
+    return examples[:10]
+
+
+@pytest.fixture
+def overflowing(rows):
+    """The same with one row that makes its windows overflow."""
+    bad = dataclasses.replace(rows[4], completion=f" {MARKER}.")
+    return [*rows[:4], bad, *rows[5:]]
+
+
+def model_of(base, processor, seed=42):
+    """A fresh adapter on a copy of the base; windows with the marker overflow, in any process."""
+    model = iq.add_lora(copy.deepcopy(base), seed=seed)
+    marker = processor.tokenizer(f"a {MARKER}", add_special_tokens=False)["input_ids"][-4:]
+
+    def overflow(_, __, inputs, output):
+        if any(marker == row[i : i + 4] for row in inputs["input_ids"].tolist()
+               for i in range(len(row))):  # fmt: skip
+            output.logits = output.logits * torch.inf
+
+    model.get_base_model().register_forward_hook(overflow, with_kwargs=True)
+    return model
+
+
+def content(folder):
+    """Everything a checkpoint holds, clocks and places aside."""
+    snapshot = load_checkpoint(folder)
+    state = json.loads(json.dumps(snapshot.state))
+    state["config"] = {k: v for k, v in state["config"].items() if k not in RUN_ONLY}
+    for record in [state, *state["log_history"]]:
+        for clock in CLOCKS:
+            record.pop(clock, None)
+    return dataclasses.replace(snapshot, state=state)
+
+
+RUN_ONLY = ("output_dir", "resume", "num_workers")
+
+
+def differences(a, b):
+    """Names of what differs between two checkpoints."""
+    a, b = content(a), content(b)
+    found = [f"state {k}" for k in a.state if a.state[k] != b.state.get(k)]
+    for name in ("adapter", "optimizer", "rng"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert x.keys() == y.keys()
+        found += [f"{name} {key}" for key in x if not torch.equal(x[key], y[key])]
+    if a.adapter_config != b.adapter_config:
+        found.append("adapter_config")
+    return found
+
+
+def run(base, processor, rows, config, seed=42):
+    """Train in what could be a fresh process: another adapter, other random states."""
+    torch.manual_seed(seed)
+    model = model_of(base, processor, seed)
+    result = iq.train(model, processor, rows, rows[:2], config=config)
+    return model, result
+
+
+def resumed_from(checkpoint, folder):
+    """A folder as a killed run left it: this checkpoint is the newest."""
+    shutil.copytree(checkpoint.parent, folder)
+    for newer in iq.checkpoint.checkpoints(folder):
+        if int(newer.name.split("-")[1]) > int(checkpoint.name.split("-")[1]):
+            shutil.rmtree(newer)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["rows", "overflowing"])
+def test_interrupted_at_every_step(base, processor, kind, request, tmp_path):
+    """At each step, in mid-epoch and at its end, after skipped windows, with dropout, crops, fp16
+    scaling, evaluation and the best: whole checkpoints and histories are equal."""
+    rows = request.getfixturevalue(kind)
+    _, whole = run(base, processor, rows, config_of(tmp_path / "whole"))
+    assert whole.global_step == STEPS
+    assert bool(whole.metrics["skipped_windows"]) == (kind == "overflowing")
+    last = f"checkpoint-{STEPS}"
+    for step in range(1, STEPS):
+        folder = resumed_from(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / str(step))
+        config = config_of(folder, num_workers=step % 2)
+        _, result = run(base, processor, rows, config, seed=step)
+        assert differences(tmp_path / "whole" / last, folder / last) == []
+        assert result.best_checkpoint.name == whole.best_checkpoint.name
+
+
+@pytest.fixture
+def halfway(base, processor, overflowing, tmp_path):
+    """A whole run, and its third checkpoint (after a skipped window) to be tampered with."""
+    _, result = run(base, processor, overflowing, config_of(tmp_path / "whole"))
+    assert result.metrics["skipped_windows"] > 0
+    snapshot = load_checkpoint(tmp_path / "whole" / "checkpoint-3")
+    assert snapshot.state["skipped_windows"] > 0
+    return snapshot
+
+
+def without_scaler(snapshot):
+    fresh = torch.amp.GradScaler("cpu").state_dict()
+    return dataclasses.replace(snapshot, state={**snapshot.state, "scaler": fresh})
+
+
+def without_position(snapshot):
+    state = {**snapshot.state, "window": snapshot.state["window"] - 1}
+    return dataclasses.replace(snapshot, state=state)
+
+
+def without_rng(snapshot):
+    return dataclasses.replace(snapshot, rng={"cpu": torch.Generator().manual_seed(1).get_state()})
+
+
+def without_optimizer(snapshot):
+    optimizer = {key: torch.zeros_like(tensor) for key, tensor in snapshot.optimizer.items()}
+    return dataclasses.replace(snapshot, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    "leave_out", [None, without_scaler, without_position, without_rng, without_optimizer]
+)
+def test_each_state_is_needed(base, processor, overflowing, halfway, leave_out, tmp_path):
+    """The control of the test above: whatever a checkpoint leaves out, another adapter results."""
+    save(tmp_path / "run" / "checkpoint-3", leave_out(halfway) if leave_out else halfway)
+    run(base, processor, overflowing, config_of(tmp_path / "run"))
+    found = differences(tmp_path / "whole" / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
+    assert any(name.startswith("adapter ") for name in found) == bool(leave_out)
+    assert bool(found) == bool(leave_out)
+
+
+def test_a_finished_run_returns_its_result_at_once(base, processor, rows, tmp_path):
+    """Started again, the script gets the same result and nothing is computed or written."""
+    _, first = run(base, processor, rows, config_of(tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    model, again = run(base, processor, rows, config_of(tmp_path / "run"), seed=1)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    assert again.log_history[:-1] == first.log_history[:-1]
+    assert (again.training_loss, again.best_checkpoint) == (
+        first.training_loss,
+        first.best_checkpoint,
+    )
+    best = load_checkpoint(first.best_checkpoint).adapter
+    ours = iq.model.adapter_tensors(model)
+    assert all(torch.equal(best[key], ours[key]) for key in best)
+
+
+def test_a_path_goes_back(base, processor, rows, tmp_path, caplog):
+    """Continuing from an older checkpoint sets the newer ones aside and ends as before."""
+    run(base, processor, rows, config_of(tmp_path / "run", max_steps=STEPS))
+    shutil.copytree(tmp_path / "run" / "checkpoint-6", tmp_path / "first-end" / "checkpoint-6")
+    config = config_of(tmp_path / "run", resume=tmp_path / "run" / "checkpoint-4")
+    run(base, processor, rows, config, seed=1)
+    assert "checkpoint-6 is now abandoned-checkpoint-6" in caplog.text
+    old, new = (tmp_path / name / "checkpoint-6" for name in ("first-end", "run"))
+    assert differences(old, new) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_batch_size": 2}, "global_batch_size: 4 there, 2 here"),
+        ({"seed": 1}, "seed: 42 there, 1 here"),
+        ({"learning_rate": 1e-3}, "learning_rate: 0.0002 there, 0.001 here"),
+        ({"augment": False, "loss_on": "all"}, "(?s)loss_on: .*augment: True there, False here"),
+    ],
+)
+def test_what_changes_the_mathematics_is_refused(base, processor, rows, tmp_path, changes, message):
+    """Each differing field is listed with its old and new value."""
+    run(base, processor, rows, config_of(tmp_path, max_steps=2))
+    with pytest.raises(ValueError, match=message):
+        run(base, processor, rows, config_of(tmp_path, **changes))
+
+
+def test_other_rows_lora_or_base_are_refused(base, processor, rows, tmp_path):
+    """A run is not continued with other data, another adapter or another base."""
+    run(base, processor, rows, config_of(tmp_path, max_steps=2))
+    with pytest.raises(ValueError, match="train_rows: 10 rows, .* there, 9 rows, .* here"):
+        run(base, processor, rows[:9], config_of(tmp_path))
+    lora = LoraConfig(r=4, lora_alpha=32, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
+    model = iq.add_lora(copy.deepcopy(base), lora)
+    with pytest.raises(ValueError, match=r"(?s)LoRA r: 16 there, 4 here.*LoRA target_modules"):
+        iq.train(model, processor, rows, rows[:2], config=config_of(tmp_path))
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.01)
+    with pytest.raises(ValueError, match=r"base model: .* there, .* here"):
+        run(other, processor, rows, config_of(tmp_path))
+
+
+def test_what_does_not_change_the_mathematics_is_free(base, processor, rows, tmp_path):
+    """Micro-batches, workers, logging, recomputation: a resumed run may have others."""
+    run(base, processor, rows, config_of(tmp_path, max_steps=2, lr_scheduler_type="constant"))
+    config = config_of(
+        tmp_path, max_steps=3, micro_batch_size=4, num_workers=1, logging_steps=1, save_steps=3,
+        gradient_checkpointing=True, lr_scheduler_type="constant", eval_steps=3,
+    )  # fmt: skip
+    _, result = run(base, processor, rows, config)
+    assert result.global_step == 3
+    assert result.metrics["micro_batch_size"] == 4
+
+
+def test_more_steps_stretch_the_schedule_and_say_so(base, processor, rows, tmp_path, caplog):
+    """With a decaying schedule the new learning rate is told; a constant one needs none."""
+    config = config_of(tmp_path / "a", max_steps=2, lr_scheduler_type="linear", warmup_steps=0)
+    run(base, processor, rows, config)
+    run(base, processor, rows, dataclasses.replace(config, max_steps=4))
+    assert "learning rate of step 2 is 0.0001 instead of 0" in caplog.text
+    caplog.clear()
+    config = config_of(tmp_path / "b", max_steps=2, lr_scheduler_type="constant")
+    run(base, processor, rows, config)
+    _, result = run(base, processor, rows, dataclasses.replace(config, max_steps=3))
+    assert result.global_step == 3
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_other_evaluation_rows_forget_the_best(base, processor, rows, tmp_path, caplog):
+    """Losses on other rows cannot be compared; training is the same."""
+    run(base, processor, rows, config_of(tmp_path, max_steps=2, lr_scheduler_type="constant"))
+    model = model_of(base, processor)
+    config = config_of(tmp_path, max_steps=3, lr_scheduler_type="constant")
+    result = iq.train(model, processor, rows, rows[2:5], config=config)
+    assert "eval_rows differ" in caplog.text
+    assert result.best_checkpoint.name == "checkpoint-3"
+
+
+def test_other_versions_are_told(base, processor, rows, tmp_path, caplog):
+    """Another library may compute other bits: the run goes on and says so."""
+    run(base, processor, rows, config_of(tmp_path / "a", max_steps=2))
+    snapshot = load_checkpoint(tmp_path / "a" / "checkpoint-2")
+    snapshot.state["versions"]["torch"] = "1.0"
+    save(tmp_path / "b" / "checkpoint-2", snapshot)
+    run(base, processor, rows, config_of(tmp_path / "b", max_steps=2))
+    assert "torch was 1.0 when" in caplog.text
+
+
+def test_an_fp16_run_may_go_on_in_bf16(base, processor, rows, tmp_path, caplog):
+    """The advice that an endless overflow gives can be followed."""
+    run(base, processor, rows, config_of(tmp_path, max_steps=2))
+    _, result = run(base, processor, rows, config_of(tmp_path, max_steps=3, precision="bf16"))
+    assert result.global_step == 3
+    assert "precision was fp16 and is bf16 now" in caplog.text
+
+
+def test_a_finetuned_model_is_verified(base, processor, rows, tmp_path):
+    """A damaged checkpoint, or another base, is refused by name, and nothing is half-loaded."""
+    run(base, processor, rows, config_of(tmp_path, max_steps=1, warmup_steps=0))
+    folder = tmp_path / "checkpoint-1"
+    model, _ = iq.load_finetuned(folder, device="cpu")
+    assert model.peft_config["default"].r == 16
+    other = tmp_path / "other"
+    shutil.copytree(iq.tiny.BASE, other)
+    from safetensors.torch import load_file, save_file
+
+    (weights,) = other.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"] *= 1.5
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match="trained on another base model than"):
+        iq.load_finetuned(folder, base=other, device="cpu")
+    data = bytearray((folder / "adapter_model.safetensors").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors was altered"):
+        iq.load_finetuned(folder, device="cpu")
