@@ -131,6 +131,8 @@ class MemoryEstimate:
     ) -> int:
         """The most bytes in use, to be compared with ``torch.cuda.max_memory_allocated``.
 
+        What exists for a moment only, while the loss or a layer goes back, is an upper bound.
+
         Args:
             micro_batch: Examples in one pass; the estimate's own by default.
             gradient_checkpointing: Whether layers are recomputed; the estimate's own by default.
@@ -233,32 +235,19 @@ def estimate_memory(
         FileNotFoundError: If a local folder, or its ``config.json``, does not exist.
         ValueError: If a value cannot work, or the checkpoint holds another architecture.
     """
-    for name, value in {
-        "text_tokens": text_tokens,
-        "images": images,
-        "micro_batch": micro_batch,
-    }.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
-    for name, choice, choices in (
-        ("precision", precision, get_args(Precision)),
-        ("optim", optim, get_args(Optim)),
-    ):
-        if choice not in choices:
-            raise ValueError(f"{name}={choice!r}: expected one of {', '.join(choices)}")
+    _check_numbers(text_tokens=text_tokens, images=images, micro_batch=micro_batch)
+    _check_choice("precision", precision, get_args(Precision))
+    _check_choice("optim", optim, get_args(Optim))
     config = _configuration(checkpoint, revision)
     dtype = DTYPES[precision]
     model = _on_meta(config, dtype, quantize, lora)
-    few, more = 2, 3  # at 1, some copies are views
     with FakeTensorMode(), torch.device("cuda"):
         _materialize(model, dtype)
-        at_few, at_more = (
-            _forward(model, config, n, text_tokens, images, dtype) for n in (few, more)
-        )
+        # Two points of a straight line; at 1, some copies would be views.
+        two, three = (_forward(model, config, n, text_tokens, images, dtype) for n in (2, 3))
 
-    def growth(bytes_at_few: int, bytes_at_more: int) -> Bytes:
-        per_example = (bytes_at_more - bytes_at_few) // (more - few)
-        return Bytes(bytes_at_few - few * per_example, per_example)
+    def line(at_two: int, at_three: int) -> Bytes:
+        return Bytes(3 * at_two - 2 * at_three, at_three - at_two)
 
     trainable = [p for p in model.parameters() if p.requires_grad]
     quantized = _quantized_tensors(model)
@@ -267,9 +256,8 @@ def estimate_memory(
 
     num_logits = text_tokens * (config.vocab_size + config.additional_vocab_size)
     logits = Bytes(0, num_logits * dtype.itemsize)
-    largest = max(range(len(at_more.inside)), key=at_more.inside.__getitem__)
-    # Going back through an MLP, the gradients of gate, up and their product exist beside one weight
-    # of the layer in the compute dtype.
+    largest = max(range(len(three.inside)), key=three.inside.__getitem__)
+    # At most: the gradients of gate, up and their product beside an MLP's weight, dequantised.
     dequantized = max((_num_weights(m) for m in _linear4bit(model)), default=0) * dtype.itemsize
     return MemoryEstimate(
         name=getattr(config, "_name_or_path", "") or config.model_type,
@@ -283,12 +271,23 @@ def estimate_memory(
         adapters=adapters,
         gradients=adapters,
         optimizer=sum(_optimizer_bytes(p.numel(), optim) for p in trainable),
-        kept=growth(at_few.kept, at_more.kept) + logits,
-        inputs=growth(at_few.inputs, at_more.inputs) + logits,
+        kept=line(two.kept, three.kept) + logits,
+        inputs=line(two.inputs, three.inputs) + logits,
         loss=Bytes(0, num_logits * LOSS_BYTES),
-        layer=growth(3 * at_few.largest, 3 * at_more.largest) + Bytes(dequantized, 0),
-        recomputed=growth(at_few.inside[largest], at_more.inside[largest]),
+        layer=line(3 * two.largest, 3 * three.largest) + Bytes(dequantized, 0),
+        recomputed=line(two.inside[largest], three.inside[largest]),
     )
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"{name}={number!r}: expected a whole number of at least 1")
+
+
+def _check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
+    if choice not in choices:
+        raise ValueError(f"{name}={choice!r}: expected one of {', '.join(choices)}")
 
 
 def _configuration(
