@@ -81,6 +81,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         },
     },
 }
+ARCHITECTURES["80b"] = {
+    **ARCHITECTURES["9b"],
+    "hidden_size": 8192,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 
 
 def configuration(architecture: str) -> IdeficsConfig:
@@ -133,6 +140,8 @@ def random_4bit_model(config: IdeficsConfig, device: torch.device) -> IdeficsFor
             value = normal(parameter.shape)
         setattr(module, child, nn.Parameter(value, requires_grad=False))
     fresh_buffers(model, device)
+    # transformers sets this on loading; without it peft takes its adapter for unquantised layers.
+    model.is_loaded_in_4bit = True
     set_compute_dtype(model, torch.float16)
     return model.eval()
 

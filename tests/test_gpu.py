@@ -65,6 +65,52 @@ def test_the_optimizer_pages_large_states_and_holds_8_bit_ones():
     assert not torch.equal(parameter, before)
 
 
+def test_resumed_states_are_paged_again():
+    """A state that comes from a checkpoint is paged as it was, and the next step is the same."""
+    from idefics_qlora.optim import load_optimizer_state, make_optimizer, optimizer_state
+
+    config = iq.TrainConfig(output_dir="unused")
+    first = torch.nn.Parameter(torch.randn(400, 400, device="cuda:0"))
+    optimizer = make_optimizer([first], config)
+    first.square().sum().backward()
+    optimizer.step()
+    torch.cuda.synchronize()
+    tensors, scalars = optimizer_state(optimizer, {first: "w"})
+    saved = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
+    second = torch.nn.Parameter(first.detach().clone())
+    resumed = make_optimizer([second], config)
+    load_optimizer_state(resumed, {second: "w"}, saved, scalars)
+    assert resumed.state[second]["state1"].is_paged
+    assert resumed.state[second]["state2"].is_paged
+    assert torch.equal(resumed.state[second]["state1"], saved["w::state1"])
+    for parameter, stepping in ((first, optimizer), (second, resumed)):
+        parameter.grad = torch.ones_like(parameter)
+        stepping.step()
+    assert torch.equal(first, second)
+
+
+def test_memory_that_does_not_suffice_halves_the_micro_batch(on_gpu, tmp_path, cards):
+    """Really out of memory: the window is done again in smaller parts, and the run goes on."""
+    model, processor = on_gpu
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    in_use = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((in_use + 60 * 2**20) / total)
+    try:
+        config = iq.TrainConfig(
+            output_dir=tmp_path,
+            max_steps=2,
+            global_batch_size=32,
+            micro_batch_size=32,
+            load_best_model_at_end=False,
+        )
+        result = iq.train(model, processor, cards, config=config)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert result.global_step == 2
+    assert result.metrics["micro_batch_size"] < 32
+
+
 def test_generation_is_the_same_batched_and_alone(on_gpu, cards):
     """Left padding and the image mask do not change greedy texts on the GPU."""
     model, processor = on_gpu
