@@ -93,7 +93,7 @@ def test_memory_that_does_not_suffice_halves_the_micro_batch(on_gpu, tmp_path, c
     """Really out of memory: the window is done again in smaller parts, and the run goes on."""
     model, processor = on_gpu
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
+    total = torch.cuda.mem_get_info()[1]
     in_use = torch.cuda.memory_reserved()
     torch.cuda.set_per_process_memory_fraction((in_use + 60 * 2**20) / total)
     try:
