@@ -11,6 +11,8 @@ after an interruption and it goes on from the newest checkpoint.
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,9 @@ def main(arguments: list[str] | None = None) -> iq.TrainResult:
         to_example=pokemon_card_example,
         on_log=lambda record: print({name: round(value, 6) for name, value in record.items()}),
     )
+    if result.stopped_by:
+        print(f"stopped by {result.stopped_by} after step {result.global_step}; start it again")
+        return result
     print(f"after:  {caption().strip()}")
     print(f"{result.global_step} steps; the best adapter is in {result.best_checkpoint}")
     return result
@@ -131,4 +136,5 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    stopped_by = main().stopped_by
+    sys.exit(128 + signal.Signals[stopped_by] if stopped_by else 0)

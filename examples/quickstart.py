@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -54,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     before = captions(model, processor, test)
     show("What it says about cards it has never seen, before", test[:4], before[:4])
 
-    shutil.rmtree(options.output_dir, ignore_errors=True)  # of an earlier quickstart
+    for earlier in options.output_dir.glob("checkpoint-*"):  # of an earlier quickstart
+        shutil.rmtree(earlier)
     result = iq.train(
         model,
         processor,
@@ -71,6 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
         to_example=pokemon_card_example,
         on_log=Table(),
     )
+    if result.stopped_by:
+        print(f"\nStopped by {result.stopped_by} after step {result.global_step}.")
+        return 128 + signal.Signals[result.stopped_by]
     seconds = result.metrics["train_runtime"]
     print(f"\n{result.global_step} steps of 16 cards in {seconds:.0f} s.")
     print(f"The best adapter is in {result.best_checkpoint}.\n")

@@ -123,7 +123,8 @@ class RunLock:
         assert self._file is not None
         with RunLock._guard:
             RunLock._held.discard(self.folder.resolve())
-            (self.folder / ".lock").unlink(missing_ok=True)  # while it is still locked
+            with contextlib.suppress(OSError):  # a file left behind locks nobody out
+                (self.folder / ".lock").unlink()  # while it is still locked
             os.close(self._file)
 
     def _locked(self, path: Path) -> int:

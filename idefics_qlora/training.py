@@ -38,6 +38,7 @@ from idefics_qlora.examples import ToExample
 from idefics_qlora.faults import RunLock, StopSignals, first_nonfinite_module
 from idefics_qlora.loading import LoaderError, Loading
 from idefics_qlora.loss import summed_cross_entropy
+from idefics_qlora.memory import estimate_memory
 from idefics_qlora.optim import lr_at, make_optimizer
 from idefics_qlora.state import TrainState, restore_rng, rng_tensors
 
@@ -102,7 +103,7 @@ def train_step(state: TrainState, window: Window) -> StepOutput:
     loss = _try_backward(state, window)
     while loss is None:
         state.optimizer.zero_grad(set_to_none=True)
-        _halve_micro_batch(state)
+        _halve_micro_batch(state, window)
         restore_rng(state.window_rng, state.device)
         loss = _try_backward(state, window)
 
@@ -153,15 +154,29 @@ def _try_backward(state: TrainState, window: Window) -> Tensor | None:
             state.scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
     except torch.OutOfMemoryError:
-        if state.micro_batch_size == 1:
-            raise
         return None  # the failed try's tensors go with the exception
     return loss
 
 
-def _halve_micro_batch(state: TrainState) -> None:
+def _halve_micro_batch(state: TrainState, window: Window) -> None:
     if state.device.type == "cuda":
         torch.cuda.empty_cache()
+    if state.micro_batch_size == 1:
+        need = estimate_memory(
+            state.model.get_base_model().config,
+            text_tokens=max(window.lengths),
+            images=max(window.images),
+            precision=state.config.precision,
+            lora=state.model.active_peft_config,
+            optim=state.config.optim,
+        )
+        kept, recomputed = (need.peak(1, recompute) / 2**30 for recompute in (False, True))
+        raise torch.OutOfMemoryError(
+            f"not even a single example of window {state.window} (rows {list(window.rows)}, up to "
+            f"{max(window.lengths)} text tokens) fits into the memory: about {kept:.1f} GiB are "
+            f"needed, or {recomputed:.1f} GiB with gradient_checkpointing=True; set that, free the "
+            "GPU from other processes, or shorten the longest texts"
+        )
     failed, state.micro_batch_size = state.micro_batch_size, state.micro_batch_size // 2
     state.growing = False
     logger.warning(
@@ -271,7 +286,7 @@ def train(
             record = {**record, "epoch": round(epoch, 4), "step": state.global_step}
             state.log_history.append(record)
             if on_log is not None:
-                on_log(record)
+                on_log(dict(record))
 
         def save(eval_loss: float | None = None) -> None:
             nonlocal saved_step

@@ -22,6 +22,11 @@ import idefics_qlora as iq
 QUESTION = "Question: What's on the picture? Answer:"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--kills 50`` is the long form of the tests that kill processes."""
+    parser.addoption("--kills", type=int, default=5, help="how often test_faults.py kills a run")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the GPU tests where there is no GPU."""
     if torch.cuda.is_available():

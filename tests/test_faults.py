@@ -1,0 +1,473 @@
+"""Runs that are killed, run out of disk or memory, get signals, or lose a loader worker.
+
+``make test-faults`` kills fifty times; ``make test`` a few.
+"""
+
+import copy
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import finetune_pokemon_cards
+import pytest
+import torch
+from torch.utils.data import get_worker_info
+
+import idefics_qlora as iq
+from idefics_qlora.batches import epoch_order
+from idefics_qlora.checkpoint import load_checkpoint
+from idefics_qlora.faults import RunLock, StopSignals
+from idefics_qlora.loading import LoaderError
+from idefics_qlora.model import adapter_tensors
+
+SETTINGS = {
+    "max_steps": 6,
+    "global_batch_size": 4,
+    "logging_steps": 1,
+    "eval_steps": 1,
+    "save_steps": 1,
+    "save_total_limit": 2,
+    "num_workers": 0,
+}
+
+
+class Victim:
+    """Orders for the process of victim.py."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("victim.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def train(self, run: str, **order) -> int:
+        """Exit code of a child that trains; negative: the signal that killed it."""
+        order = {
+            "output_dir": str(self.folder / run),
+            "log": str(self.folder / f"{run}.log"),
+            "report": str(self.folder / f"{run}.json"),
+            **order,
+            "config": {**SETTINGS, **order.get("config", {})},
+        }
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())["code"]
+
+    def log(self, run: str) -> str:
+        return (self.folder / f"{run}.log").read_text()
+
+    def report(self, run: str) -> dict:
+        return json.loads((self.folder / f"{run}.json").read_text())
+
+    def end(self, run: str) -> dict:
+        """The adapter, optimizer and random states of a run's last checkpoint."""
+        snapshot = load_checkpoint(self.folder / run / f"checkpoint-{SETTINGS['max_steps']}")
+        return {**snapshot.adapter, **snapshot.optimizer, **snapshot.rng}
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory):
+    """A victim with one untouched run, ``whole``, to compare with."""
+    victim = Victim(tmp_path_factory.mktemp("victim"))
+    assert victim.train("whole") == 0
+    yield victim
+    victim.process.stdin.close()
+    victim.process.wait()
+    victim.process.stdout.close()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_killed_again_and_again(victim, pytestconfig):
+    """kill -9 at random moments and at random file operations: each restart goes on, none finds a
+    corrupt checkpoint, and the end is the untouched run's to the bit."""
+    rng = random.Random(0)
+    kills = runs = 0
+    events = victim.report("whole")["events"]
+    while kills < pytestconfig.getoption("kills"):
+        run, code = f"killed-{runs}", -signal.SIGKILL
+        while code == -signal.SIGKILL and kills < pytestconfig.getoption("kills"):
+            if rng.random() < 0.7:  # in a save or in the rotation after it
+                order = {"kill_at_event": rng.randrange(1, events // 2)}
+            else:
+                order = {"kill_after_s": rng.uniform(0.2, 2.0)}
+            code = victim.train(run, **order, config={"num_workers": int(rng.random() < 0.2)})
+            kills += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL), victim.log(run)
+        assert victim.train(run) == 0, victim.log(run)
+        assert same(victim.end(run), victim.end("whole"))
+        assert "passed over" not in victim.log(run)
+        assert "was altered" not in victim.log(run)
+        left = sorted(path.name for path in (victim.folder / run).iterdir())
+        assert left == sorted(path.name for path in (victim.folder / "whole").iterdir())
+        runs += 1
+
+
+def test_each_file_operation_of_a_save(victim, pytestconfig):
+    """Killed before every single file operation of a save and its rotation, one after the other."""
+    victim.train("steps", kill_at_event=10**9, config={"max_steps": 3})
+    before = victim.report("steps")["events"]
+    victim.train("steps", config={"max_steps": 6})
+    per_run = victim.report("whole")["events"]
+    per_save = max(1, per_run // SETTINGS["max_steps"])
+    every = range(before + 1, before + 1 + per_save)
+    sample = every if pytestconfig.getoption("kills") >= 50 else every[:: max(1, per_save // 3)]
+    for event in sample:
+        run = f"operation-{event}"
+        assert victim.train(run, kill_at_event=event) == -signal.SIGKILL
+        newest = iq.latest_checkpoint(victim.folder / run)
+        assert newest is not None
+        assert load_checkpoint(newest).state["global_step"] >= 2
+        assert victim.train(run) == 0, victim.log(run)
+        assert same(victim.end(run), victim.end("whole"))
+
+
+def test_a_full_disk_loses_nothing(victim, pytestconfig):
+    """ENOSPC at each file operation of a save: the run stops and says so, what was saved before is
+    whole, and with room again it ends like the untouched run."""
+    per_save = victim.report("whole")["events"] // SETTINGS["max_steps"]
+    every = range(2 * per_save, 3 * per_save)
+    sample = every if pytestconfig.getoption("kills") >= 50 else every[:: max(1, per_save // 2)]
+    for event in sample:
+        run = f"full-{event}"
+        if victim.train(run, disk_full=[event, event + 1]) != 0:
+            assert "No space left on device" in victim.log(run)
+            assert "Traceback" in victim.log(run)
+            assert iq.latest_checkpoint(victim.folder / run) is not None
+            assert "passed over" not in victim.log(run)
+            assert victim.train(run) == 0, victim.log(run)
+        assert same(victim.end(run), victim.end("whole"))
+
+
+def test_a_full_disk_need_not_stop_the_run(victim):
+    """With on_save_error="continue" training goes on, and the next save that works is whole."""
+    per_save = victim.report("whole")["events"] // SETTINGS["max_steps"]
+    full = [2 * per_save, 2 * per_save + 2]  # two saves: the first operation of each fails
+    config = {"on_save_error": "continue", "save_total_limit": None}
+    code = victim.train("continue", disk_full=full, config=config)
+    assert code == 0, victim.log("continue")
+    assert "training goes on and tries again later" in victim.log("continue")
+    assert same(victim.end("continue"), victim.end("whole"))
+
+
+def test_a_write_that_breaks_off(victim):
+    """The kernel ends a write in the middle of a file: an error, and no torn checkpoint."""
+    assert victim.train("short", file_size_limit=20_000) == 1
+    assert "cannot be written" in victim.log("short")
+    assert [path.name for path in (victim.folder / "short").iterdir()] == []
+    assert victim.train("short") == 0
+    assert same(victim.end("short"), victim.end("whole"))
+
+
+def config_of(folder, **changes):
+    return iq.TrainConfig(output_dir=folder, **{**SETTINGS, **changes})
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_and_returns(base, processor, examples, tmp_path, name):
+    """The step is finished and saved, the handlers are as before, and a restart ends as if nothing
+    had happened."""
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+
+    def at_step_2(record):
+        if record["step"] == 2 and "loss" in record:
+            signal.raise_signal(number)
+
+    config = config_of(tmp_path / "a", save_steps=4, eval_steps=4)
+    model = iq.add_lora(copy.deepcopy(base))
+    result = iq.train(model, processor, examples, examples[:2], config=config, on_log=at_step_2)
+    assert (result.stopped_by, result.global_step) == (name, 2)
+    assert signal.getsignal(number) is before
+    assert iq.latest_checkpoint(tmp_path / "a").name == "checkpoint-2"
+    model = iq.add_lora(copy.deepcopy(base), seed=1)
+    again = iq.train(model, processor, examples, examples[:2], config=config)
+    assert (again.stopped_by, again.global_step) == (None, 6)
+    whole = iq.add_lora(copy.deepcopy(base))
+    config = config_of(tmp_path / "b", save_steps=4, eval_steps=4)
+    iq.train(whole, processor, examples, examples[:2], config=config)
+    assert same(adapter_tensors(model), adapter_tensors(whole))
+
+
+def test_a_second_signal_stops_at_once(lora, processor, examples, tmp_path):
+    """Ctrl-C twice is KeyboardInterrupt, and only whole checkpoints are there."""
+
+    def twice(record):
+        if record["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        iq.train(lora, processor, examples, examples[:2], config=config_of(tmp_path), on_log=twice)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert iq.latest_checkpoint(tmp_path).name == "checkpoint-1"
+
+
+def test_outside_the_main_thread_it_says_so(lora, processor, examples, tmp_path, caplog):
+    """Signals cannot be handled there; training works all the same."""
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(
+            iq.train, lora, processor, examples, examples[:2], config=config_of(tmp_path)
+        )
+        assert job.result().global_step == 6
+    assert "runs outside the main thread, where signals cannot be handled" in caplog.text
+
+
+def test_ignored_signals_stay_ignored():
+    """A run under nohup is not stopped by what nohup shields it from."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_the_scripts_exit_with_128_plus_the_signal(tmp_path):
+    """A scheduler sees why the tutorial's script ended, though the whole process group was told."""
+    iq.tiny.creature_cards(12, seed=0, directory=tmp_path / "pictures")
+    import datasets
+
+    rows = iq.tiny.creature_cards(12, seed=0, directory=tmp_path / "pictures")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "dataset")
+    process = subprocess.Popen(
+        [
+            *(sys.executable, finetune_pokemon_cards.__file__),
+            *("--checkpoint", str(iq.tiny.BASE), "--dataset", str(tmp_path / "dataset")),
+            *("--output-dir", str(tmp_path / "run"), "--test-size", "0.25"),
+            *("--max-steps", "1000", "--global-batch-size", "2", "--logging-steps", "1"),
+            *("--eval-steps", "500", "--save-steps", "500", "--max-new-tokens", "2"),
+            *("--precision", "fp32", "--num-workers", "1"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "'step': 3" in line:
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, "".join(lines) + rest
+    newest = iq.latest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert load_checkpoint(newest).state["global_step"] >= 3
+
+
+def test_out_of_memory_halves_the_micro_batch(base, processor, examples, tmp_path, caplog):
+    """The window is done again in smaller parts, what the failed try had added is discarded, and
+    the end is that of a run which had the smaller size from the start."""
+    pairs = []
+
+    def second_pair(module, _, inputs):
+        if len(inputs["input_ids"]) == 2 and module.training:
+            pairs.append(inputs)
+            if len(pairs) % 2 == 0:  # after a backward pass of the same window
+                raise torch.OutOfMemoryError("injected")
+
+    results = []
+    for size in (2, 1):
+        model = iq.add_lora(copy.deepcopy(base))
+        model.get_base_model().register_forward_pre_hook(second_pair, with_kwargs=True)
+        config = config_of(tmp_path / str(size), micro_batch_size=size)
+        result = iq.train(model, processor, examples, examples[:2], config=config)
+        assert result.metrics["micro_batch_size"] == 1
+        results.append(adapter_tensors(model))
+    assert len(pairs) == 2
+    assert "out of memory with 2 examples per micro-batch in window 0" in caplog.text
+    assert same(*results)
+
+
+def test_out_of_memory_with_one_example_is_an_error(lora, processor, examples, tmp_path):
+    """There is nothing left to halve: the error says what is needed and what can be done."""
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError("injected")
+
+    config = config_of(tmp_path, load_best_model_at_end=False)
+    hook = lora.get_base_model().register_forward_pre_hook(too_large)
+    expected = r"single example.*GiB.*gradient_checkpointing=True"
+    with pytest.raises(torch.OutOfMemoryError, match=expected):
+        iq.train(lora, processor, examples, config=config)
+    hook.remove()
+
+
+def test_auto_grows_until_memory_ends(lora, processor, examples, tmp_path):
+    """Doubled from window to window; after the first failure the last size that worked is kept."""
+    sizes = []
+
+    def limited(module, _, inputs):
+        size = len(inputs["input_ids"])
+        if module.training:
+            sizes.append(size)
+            if size > 4:
+                raise torch.OutOfMemoryError("injected")
+
+    lora.get_base_model().register_forward_pre_hook(limited, with_kwargs=True)
+    config = config_of(
+        tmp_path, global_batch_size=16, micro_batch_size="auto", load_best_model_at_end=False
+    )
+    result = iq.train(lora, processor, examples, config=config)
+    assert sizes[:16] == [1] * 16
+    assert sizes[16:24] == [2] * 8
+    assert sizes[24:28] == [4] * 4
+    assert sizes[28:33] == [8, 4, 4, 4, 4]
+    assert set(sizes[33:]) == {4}
+    assert result.metrics["micro_batch_size"] == 4
+
+
+def test_the_first_bad_module_is_named(lora, processor, examples, tmp_path, caplog):
+    """Among all modules the one that overflows first is found, once."""
+    victim_name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.default"
+    module = lora.get_submodule(victim_name)
+    module.register_forward_hook(lambda _, __, output: output * torch.inf)
+    config = config_of(tmp_path, load_best_model_at_end=False)
+    with pytest.raises(FloatingPointError, match=r"25 windows in a row.*precision='bf16'"):
+        iq.train(lora, processor, examples, config=config)
+    assert caplog.text.count("the first module with an output that is not finite is") == 1
+    assert victim_name in caplog.text
+
+
+def test_what_is_not_finite_can_be_replayed(base, processor, examples, tmp_path):
+    """In fp32 the run stops before the update, and its dump leads to the same window again."""
+    config = config_of(tmp_path, precision="fp32", load_best_model_at_end=False)
+
+    def broken_at(window):
+        model = iq.add_lora(copy.deepcopy(base))
+        calls = [0]
+
+        def hook(_, __, output):
+            calls[0] += 1
+            if calls[0] > 2 * window:  # two micro-batches a window
+                output.logits = output.logits * torch.nan
+
+        model.get_base_model().register_forward_hook(hook)
+        return model
+
+    with pytest.raises(FloatingPointError, match="(?s)window 2 .rows.*failed-window-2") as caught:
+        iq.train(broken_at(2), processor, examples, config=config)
+    dump = tmp_path / "failed-window-2"
+    assert load_checkpoint(dump).state["global_step"] == 2
+    assert str(dump) in str(caught.value)
+    again = config_of(tmp_path, precision="fp32", load_best_model_at_end=False, resume=dump)
+    rows = str(caught.value).split("(rows ")[1].split(")")[0]
+    with pytest.raises(FloatingPointError) as replayed:
+        iq.train(broken_at(0), processor, examples, config=again)
+    assert f"window 2 (rows {rows})" in str(replayed.value)
+    model = iq.add_lora(copy.deepcopy(base))
+    assert iq.train(model, processor, examples, config=again).global_step == 6
+
+
+class Deadly:
+    """Rows of which one ends the loader worker that reads it, or keeps it for ever."""
+
+    def __init__(self, rows, how):
+        self.rows, self.how = rows, how
+        self.deadly = int(epoch_order(42, 0, len(rows))[-1])  # in the third window
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if index == self.deadly and get_worker_info() is not None:
+            if self.how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            threading.Event().wait()
+        return self.rows[index]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("die", "loader worker .* ended with exit code -9"), ("hang", "gave nothing for 1 s")],
+)
+def test_a_lost_loader_worker_is_found(base, processor, examples, tmp_path, how, message):
+    """The worker is named, what was learnt is saved, and a restart ends like an untouched run."""
+    config = {"loader_timeout_s": 1.0, "load_best_model_at_end": False, "save_steps": 6}
+    model = iq.add_lora(copy.deepcopy(base))
+    with pytest.raises(LoaderError, match=message):
+        iq.train(
+            model, processor, Deadly(examples[:12], how),
+            config=config_of(tmp_path / "a", **config, num_workers=1),
+        )  # fmt: skip
+    model = iq.add_lora(copy.deepcopy(base), seed=1)
+    iq.train(model, processor, examples[:12], config=config_of(tmp_path / "a", **config))
+    whole = iq.add_lora(copy.deepcopy(base))
+    iq.train(whole, processor, examples[:12], config=config_of(tmp_path / "b", **config))
+    assert same(adapter_tensors(model), adapter_tensors(whole))
+
+
+def test_two_runs_in_one_folder(lora, processor, examples, tmp_path):
+    """The second is refused for as long as the first one lives, even if it was killed."""
+    config = config_of(tmp_path)
+    with RunLock(tmp_path), pytest.raises(RuntimeError, match="in use by another run"):
+        iq.train(lora, processor, examples, examples[:2], config=config)
+    holder = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import fcntl, os, sys\n"
+            "file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
+            "fcntl.lockf(file, fcntl.LOCK_EX)\n"
+            "os.write(file, b'process 1 on moon')\n"
+            "print('held', flush=True)\n"
+            "sys.stdin.read()",
+            str(tmp_path / ".lock"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(RuntimeError, match=r"another run \(process 1 on moon\)"):
+        iq.train(lora, processor, examples, examples[:2], config=config)
+    holder.kill()
+    holder.communicate()
+    assert iq.train(lora, processor, examples, examples[:2], config=config).global_step == 6
+
+
+@pytest.mark.parametrize("place", ["file", "below a file", "read-only"])
+def test_a_folder_that_cannot_be_written(lora, processor, examples, tmp_path, place):
+    """Found before training, not at the first save."""
+    (tmp_path / "file").write_text("")
+    folder = {
+        "file": tmp_path / "file",
+        "below a file": tmp_path / "file" / "run",
+        "read-only": Path("/proc/self/run"),
+    }[place]
+    before = {name: tensor.clone() for name, tensor in adapter_tensors(lora).items()}
+    with pytest.raises(OSError, match="output_dir=.*cannot be written to.*choose another folder"):
+        iq.train(lora, processor, examples, examples[:2], config=config_of(folder))
+    assert same(adapter_tensors(lora), before)
+
+
+def test_clocks_may_jump(base, processor, examples, tmp_path, monkeypatch):
+    """Neither the wall clock nor files' times decide which checkpoint is new, kept or best."""
+    config = config_of(tmp_path)
+
+    def back_to_1970(record):
+        for path in tmp_path.glob("checkpoint-*"):
+            os.utime(path, (10**9 - 1000 * record["step"],) * 2)
+
+    monkeypatch.setattr("time.time", iter(range(10**9, 0, -1000)).__next__)
+    model = iq.add_lora(base)
+    result = iq.train(model, processor, examples, examples[:2], config=config, on_log=back_to_1970)
+    monkeypatch.undo()
+    assert iq.latest_checkpoint(tmp_path).name == "checkpoint-6"
+    assert result.best_checkpoint.is_dir()
+    assert result.metrics["train_runtime"] > 0
