@@ -101,7 +101,7 @@ def test_generation_sees_the_prompt_that_was_trained(collator, picture):
         completion = " This is it." if question == QUESTION else "This is it."
         (tokens,) = collator.tokens([iq.Example([picture, question], completion)])
         (prompt,) = collator.prompt_tokens([[picture, question]])
-        assert tokens.ids[: tokens.first_target] == prompt.ids
+        assert tokens.ids[: tokens.is_target.index(True)] == prompt.ids
         (reference,) = collator.tokens([iq.Example([picture, QUESTION], " This is it.")])
         assert tokens == reference
 

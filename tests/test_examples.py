@@ -59,11 +59,14 @@ def test_known_formats_need_no_function(picture):
         ({"text": "hello"}, r"columns \['text'\] is no known format.*to_example="),
         ("hello", "type str is no known format"),
         ({"name": "A", "caption": ""}, "caption=''"),
-        ({"name": "A", "caption": "B."}, "neither `image` nor `image_url`"),
+        (
+            {"name": "A", "caption": "B."},
+            "no picture: neither `image` nor `image_path` nor `image_url` has a value",
+        ),
         ({"prompt": [None, "What?"], "completion": "x"}, "the row has no image"),
         ({"prompt": ["What?"], "completion": " "}, "completion=' ' is empty"),
         ({"prompt": ["What?"], "completion": None}, "completion=None: expected a string"),
-        ({"prompt": "What?", "completion": "x"}, "expected a list of images and texts"),
+        ({"prompt": 3, "completion": "x"}, "prompt=3: expected a list of images and texts"),
         ({"prompt": [], "completion": "x"}, r"prompt=\[\] is empty"),
         ({"prompt": ["https://host/a.png"], "completion": "x"}, "bare URL.*open_image"),
         (
@@ -96,7 +99,7 @@ def test_a_bad_image_names_its_row():
     """BadImage stays BadImage, with the row in it."""
     row = {"name": "A", "caption": "B.", "image_url": "no/such.png"}
     with (
-        pytest.raises(iq.BadImage, match=r"'no/such.png' of train_rows\[7\]"),
+        pytest.raises(iq.BadImage, match=r"'no/such.png' of image_url of train_rows\[7\]"),
         naming_row("train_rows[7]"),
     ):
         as_example(row)
