@@ -87,15 +87,17 @@ def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
+        number = 1
         try:
+            columns = len(reader.fieldnames or ())
+            number = reader.line_num + 1  # where a row starts; in quotes it may span several lines
             for row in reader:
                 if None in row or None in row.values():
-                    columns = len(reader.fieldnames or ())
                     raise ValueError(f"expected {columns} values, as many as the header has")
-                yield reader.line_num, row
+                yield number, row
+                number = reader.line_num + 1
         except (csv.Error, ValueError) as error:
-            # line_num is the last line read; a row in quotes may span several.
-            raise ValueError(f"{file}, line {reader.line_num}: {error}") from error
+            raise ValueError(f"{file}, line {number}: {error}") from error
 
 
 def _with_paths(row: dict[str, Any], folder: Path) -> dict[str, Any]:
