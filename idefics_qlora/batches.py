@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from itertools import count, takewhile
+from itertools import count, groupby, pairwise, takewhile
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -278,22 +278,28 @@ class Collator:
 
     def _harmless(self, pieces: list[_Piece]) -> list[_Piece]:
         """The pieces with no control token in the data: a literal ``<image>`` gets a space."""
-        for start, piece in enumerate(pieces):
-            if piece.is_control or (start and not pieces[start - 1].is_control):
+        harmless: list[_Piece] = []
+        for is_control, run in groupby(pieces, lambda piece: piece.is_control):
+            if is_control:
+                harmless += run
                 continue
-            # A run of data as a whole, for two harmless texts may form a token where they meet; and
-            # again after each space, for tokens may overlap.
-            run = list(takewhile(lambda piece: not piece.is_control, pieces[start:]))
-            while found := self._forged.search("".join(piece.text for piece in run)):
+            # A run of data as a whole, for two harmless texts may form a token where they meet. A
+            # space behind its first character breaks a token; the next may overlap with it.
+            data = list(run)
+            text = "".join(piece.text for piece in data)
+            at, spaces = 0, []
+            while found := self._forged.search(text, at):
                 at = found.start() + 1
-                for n, piece in enumerate(run):
-                    if at < len(piece.text):
-                        text = f"{piece.text[:at]} {piece.text[at:]}"
-                        run[n] = piece._replace(text=text)
-                        break
-                    at -= len(piece.text)
-            pieces[start : start + len(run)] = run
-        return pieces
+                spaces.append(at)
+            first = 0
+            for piece in data:
+                last = first + len(piece.text)
+                borders = [first, *(at for at in spaces if first < at < last), last]
+                parts = [text[i:j] for i, j in pairwise(borders)]
+                space = " " if first in spaces and first < last else ""
+                harmless.append(piece._replace(text=space + " ".join(parts)))
+                first = last
+        return harmless
 
     def _encode(self, rows: Sequence[Sequence[_Piece]]) -> list[Tokens]:
         encoded = self.tokenizer(

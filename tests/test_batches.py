@@ -78,6 +78,11 @@ def test_the_processors_nested_call_is_blind(processor, picture):
     assert theirs["image_attention_mask"][0, :image_at].sum() == 0
 
 
+def test_the_processor_does_not_know_its_end_of_utterance(instruct_processor):
+    """The trap that makes turns end in our hands: it would add the token, but looks in vain."""
+    assert not instruct_processor.tokenizer_was_trained_with_end_of_utterance_token
+
+
 def test_targets_of_the_completion(collator, processor, picture):
     """By default the completion and the end token are learnt, and nothing else."""
     batch = collator([iq.Example([picture, QUESTION], " This is it."), iq.Example(["Q"], " A")])
