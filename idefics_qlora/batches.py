@@ -10,10 +10,12 @@ the micro-batch size or a restart do not change it.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from itertools import groupby, pairwise, takewhile
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +23,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from idefics_qlora.config import LossOn
-from idefics_qlora.examples import Example, PromptItem, ToExample, as_example, is_text, naming_row
+from idefics_qlora.examples import (
+    Example,
+    PromptItem,
+    ToExample,
+    Turn,
+    as_example,
+    is_text,
+    naming_row,
+    prompt_images,
+)
 from idefics_qlora.images import full_image, open_image, random_crop
 
 IGNORE = -100
@@ -29,6 +40,8 @@ IGNORE = -100
 
 IMAGE_TOKEN = "<image>"
 AROUND_IMAGE = "<fake_token_around_image>"
+END_OF_UTTERANCE = "<end_of_utterance>"
+"""Ends each turn of a dialogue; only the -instruct checkpoints have it."""
 
 
 class Rows(Protocol):
@@ -137,36 +150,67 @@ class Window:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One example's text as token ids; ids from ``first_target`` on belong to the completion."""
+    """One example's text as token ids, and which of them are to be learnt."""
 
     ids: list[int]
-    first_target: int
+    is_target: list[bool]
+
+
+class _Piece(NamedTuple):
+    """A piece of an example's text: data, or a control token that data must not forge."""
+
+    text: str
+    is_target: bool = False
+    is_control: bool = False
+
+
+def end_ids(tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end an answer: the end of sequence, then that of an utterance."""
+    ends = [tokenizer.eos_token]
+    if END_OF_UTTERANCE in tokenizer.get_added_vocab():
+        ends.append(END_OF_UTTERANCE)
+    ids: list[int] = tokenizer.convert_tokens_to_ids(ends)
+    return ids
 
 
 class Collator:
-    """Turns examples into a :class:`Batch`; owns how images and texts interleave.
+    """Turns examples into a :class:`Batch`; owns how images, texts and turns interleave.
 
     The text of an example is ``<s>``, then its items in order; an image becomes
     ``<fake_token_around_image><image><fake_token_around_image>``, adjacent images share the token
     between them. Equal to ``IdeficsProcessor(text=...)`` on prompts, a hundred times faster on the
     image mask, and it cannot put an image behind its question.
 
-    Targets are the completion and the end token (``loss_on="completion"``), or all text
-    (``"all"``). Padding, image tokens and the begin token are never targets.
+    A dialogue is written as the checkpoint knows it. One whose tokenizer has the token
+    ``<end_of_utterance>`` (the -instruct checkpoints) reads
+    ``User:<image>What?<end_of_utterance>\\nAssistant: That.<end_of_utterance>``, any other
+    ``<image>Question: What? Answer: That.``, with a line for each question.
+
+    Targets are the completion and the end token, in a dialogue also the turns that are targets,
+    each with its ``<end_of_utterance>`` (``loss_on="completion"``), or all text (``"all"``).
+    Padding, image tokens and the begin token are never targets.
 
     Args:
         processor: The checkpoint's ``IdeficsProcessor``.
         loss_on: Which text tokens are targets.
         num_embeddings: Rows of the model's embedding, additional ones included; ids at or above it
             are an error here instead of a device assert later. ``None``: not checked.
+        max_length: Text tokens of an example at most, image tokens included. A longer example
+            loses the end of its completion, with the end token; in a dialogue, later turns and
+            their images first. ``None``: no limit.
     """
 
     def __init__(
-        self, processor: Any, loss_on: LossOn = "completion", num_embeddings: int | None = None
+        self,
+        processor: Any,
+        loss_on: LossOn = "completion",
+        num_embeddings: int | None = None,
+        max_length: int | None = None,
     ) -> None:
         self.tokenizer = processor.tokenizer
         self.loss_on = loss_on
         self.num_embeddings = num_embeddings
+        self.max_length = max_length
         self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         around_id = self.tokenizer.convert_tokens_to_ids(AROUND_IMAGE)
         special = [self.image_id, around_id, self.tokenizer.bos_token_id]
@@ -176,84 +220,179 @@ class Collator:
                 "it is not the processor of an IDEFICS checkpoint"
             )
         self.never_target = torch.tensor(special)
-        self.control_tokens = [IMAGE_TOKEN, AROUND_IMAGE, *map(str, self._named_tokens())]
+        self.end_ids = end_ids(self.tokenizer)
+        # Added tokens that are not special are words of the vocabulary: data may hold them.
+        tokens = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        tokens |= {IMAGE_TOKEN, AROUND_IMAGE, END_OF_UTTERANCE, *self.tokenizer.all_special_tokens}
+        self.control_ids = set(self.tokenizer.convert_tokens_to_ids(sorted(tokens)))
+        self.control_ids -= {self.tokenizer.unk_token_id}  # what text becomes without a token
+        self._forged = re.compile("|".join(re.escape(t) for t in tokens if re.match(r"\S\S+$", t)))
         images = processor.image_processor
         self.side = int(images.size["height"])
         scale = 1 / images.rescale_factor
         self.pixel_mean = torch.tensor(images.image_mean) * scale
         self.pixel_std = torch.tensor(images.image_std) * scale
 
-    def _named_tokens(self) -> set[str]:
-        tokenizer = self.tokenizer
-        named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token)
-        return {token for token in named if token is not None}
-
-    def text(self, prompt: Sequence[PromptItem]) -> str:
-        """The prompt as one string with the image tokens in place."""
-        parts = [self.tokenizer.bos_token]
-        after_image = False
-        for item in prompt:
-            if is_text(item):
-                parts.append(self._plain(str(item)).strip(" "))
-            else:
-                parts.append(("" if after_image else AROUND_IMAGE) + IMAGE_TOKEN + AROUND_IMAGE)
-            after_image = not is_text(item)
-        return "".join(parts)
-
-    def _plain(self, text: str) -> str:
-        # Text never forges control tokens: a literal "<image>" in the data becomes "< image>".
-        for token in self.control_tokens:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
-
     def tokens(self, examples: Sequence[Example]) -> list[Tokens]:
-        """Token ids of examples, with the end token appended.
+        """Token ids of examples, with the end token appended, cut to ``max_length``.
 
         Raises:
-            ValueError: If an id lies beyond the model's embedding.
+            ValueError: If an id lies beyond the model's embedding, or a prompt leaves no room for
+                the completion within ``max_length``.
         """
-        prompts = [self.text(example.prompt) for example in examples]
-        texts = []
-        for example, prompt in zip(examples, prompts, strict=True):
-            # The spaces that text() stripped from the prompt's end belong to the completion: tokens
-            # of this family carry the space before a word, and generation sees the prompt without.
-            last = example.prompt[-1]
-            spaces = len(last) - len(last.rstrip(" ")) if isinstance(last, str) else 0
-            texts.append(prompt + " " * spaces + self._plain(example.completion))
-        ids = self._ids(prompts + texts)
+        pieces = [self._pieces(example.prompt, example.completion) for example in examples]
         tokens = []
-        for prompt_ids, text_ids in zip(ids[: len(prompts)], ids[len(prompts) :], strict=True):
-            # A token that spans the boundary belongs to the completion.
-            pairs = enumerate(zip(prompt_ids, text_ids, strict=False))
-            first_target = next((i for i, (a, b) in pairs if a != b), len(prompt_ids))
-            tokens.append(Tokens([*text_ids, self.tokenizer.eos_token_id], first_target))
+        for example, row in zip(examples, self._encode(pieces), strict=True):
+            is_dialogue = isinstance(example.prompt[0], Turn)
+            end = self.end_ids[-1 if is_dialogue else 0]
+            tokens.append(self._shortened(Tokens([*row.ids, end], [*row.is_target, True])))
         return tokens
 
     def prompt_tokens(self, prompts: Sequence[Sequence[PromptItem]]) -> list[Tokens]:
-        """Token ids of prompts alone, as generation needs them; nothing is a target."""
-        ids = self._ids([self.text(prompt) for prompt in prompts])
-        return [Tokens(row, len(row)) for row in ids]
+        """Token ids of prompts alone, as generation needs them."""
+        return self._encode([self._pieces(prompt) for prompt in prompts])
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False
-        )["input_ids"]
-        if self.num_embeddings is not None:
-            largest = max(map(max, ids))
-            if largest >= self.num_embeddings:
+    def _pieces(self, prompt: Sequence[PromptItem], completion: str = "") -> list[_Piece]:
+        """The text of an example without its end token, or of a prompt alone."""
+        begin = _Piece(self.tokenizer.bos_token, is_control=True)
+        turns = [item for item in prompt if isinstance(item, Turn)]
+        if turns:
+            return self._harmless([begin, *self._dialogue(turns, completion)])
+        pieces = [begin, *self._interleaved(prompt)]
+        if completion:
+            # The spaces stripped from the prompt's end belong to the completion: tokens of this
+            # family carry the space before a word, and generation sees the prompt without.
+            last = prompt[-1]
+            spaces = len(last) - len(last.rstrip(" ")) if isinstance(last, str) else 0
+            pieces.append(_Piece(" " * spaces + completion, is_target=True))
+        return self._harmless(pieces)
+
+    def _dialogue(self, turns: Sequence[Turn], completion: str) -> list[_Piece]:
+        pieces: list[_Piece] = []
+        is_instruct = len(self.end_ids) > 1
+        said = [(turn.role, tuple(turn.content), turn.is_target) for turn in turns]
+        answer = (completion.strip(),) if completion else ()
+        for n, (role, content, is_target) in enumerate([*said, ("assistant", answer, True)]):
+            new_line = "\n" if n else ""
+            texts = self._interleaved(content)
+            if is_instruct:
+                pieces.append(_Piece(f"{new_line}{role.capitalize()}:"))
+            elif role == "user":
+                # The picture comes before its question, as in the captions.
+                images = tuple(takewhile(lambda item: not is_text(item), content))
+                texts = self._interleaved(content[len(images) :])
+                pieces += [_Piece(new_line), *self._interleaved(images)]
+                pieces += [_Piece("Question:")] if texts else []
+            elif role == "assistant":
+                after_text = pieces and not pieces[-1].is_control
+                pieces.append(_Piece(" Answer:" if after_text else "Answer:"))
+            else:
+                pieces.append(_Piece(new_line))
+            if texts and not texts[0].is_control and pieces[-1].text.endswith(":"):
+                pieces.append(_Piece(" ", is_target))
+            pieces += [piece._replace(is_target=is_target) for piece in texts]
+            if is_instruct and n < len(said):
+                pieces.append(_Piece(END_OF_UTTERANCE, is_target, is_control=True))
+        return pieces
+
+    def _interleaved(self, items: Sequence[PromptItem]) -> list[_Piece]:
+        pieces: list[_Piece] = []
+        around = _Piece(AROUND_IMAGE, is_control=True)
+        for item in items:
+            if isinstance(item, str):
+                pieces.append(_Piece(item.strip(" ")))
+            else:
+                after_image = pieces and pieces[-1] is around
+                pieces += [] if after_image else [around]
+                pieces += [_Piece(IMAGE_TOKEN, is_control=True), around]
+        return pieces
+
+    def _harmless(self, pieces: list[_Piece]) -> list[_Piece]:
+        """The pieces with no control token in the data: a literal ``<image>`` gets a space."""
+        harmless: list[_Piece] = []
+        for is_control, run in groupby(pieces, lambda piece: piece.is_control):
+            if is_control:
+                harmless += run
+                continue
+            # A run of data as a whole, for two harmless texts may form a token where they meet. A
+            # space behind its first character breaks a token; the next may overlap with it.
+            data = list(run)
+            text = "".join(piece.text for piece in data)
+            at, spaces = 0, []
+            while found := self._forged.search(text, at):
+                at = found.start() + 1
+                spaces.append(at)
+            first = 0
+            for piece in data:
+                last = first + len(piece.text)
+                borders = [first, *(at for at in spaces if first < at < last), last]
+                parts = [text[i:j] for i, j in pairwise(borders)]
+                space = " " if first in spaces and first < last else ""
+                harmless.append(piece._replace(text=space + " ".join(parts)))
+                first = last
+        return harmless
+
+    def _encode(self, rows: Sequence[Sequence[_Piece]]) -> list[Tokens]:
+        encoded = self.tokenizer(
+            ["".join(piece.text for piece in pieces) for pieces in rows],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+        )
+        tokens = []
+        for pieces, ids, spans in zip(
+            rows, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            largest = max(ids)
+            if self.num_embeddings is not None and largest >= self.num_embeddings:
                 token = self.tokenizer.convert_ids_to_tokens(largest)
                 raise ValueError(
                     f"token {token!r} has id {largest}, but the model embeds only ids below "
                     f"{self.num_embeddings}: use the processor of the same checkpoint as the model"
                 )
-        return ids
+            control = [piece.text for piece in pieces if piece.is_control]
+            found = [i for i in ids if i in self.control_ids]
+            if found != self.tokenizer.convert_tokens_to_ids(control):
+                names = self.tokenizer.convert_ids_to_tokens(found)
+                raise ValueError(
+                    f"the text would be read as the control tokens {names}, where {control} are "
+                    "meant: remove them from the text"
+                )
+            # A token that spans a border is learnt: the model has to say it.
+            learnt = [piece.is_target for piece in pieces for _ in piece.text]
+            is_target = [any(learnt[start : max(end, start + 1)]) for start, end in spans]
+            tokens.append(Tokens(ids, is_target))
+        return tokens
 
-    def pixels(self, prompt: Sequence[PromptItem], crop_seed: int | None = None) -> list[Tensor]:
+    def _shortened(self, tokens: Tokens) -> Tokens:
+        if self.max_length is None or len(tokens.ids) <= self.max_length:
+            return tokens
+        # Up to a token that is learnt, so that nothing the model does not have to say, such as an
+        # image's tokens, is cut in two or stands at the end in vain.
+        kept = self.max_length
+        while kept and not tokens.is_target[kept - 1]:
+            kept -= 1
+        if not kept:
+            prompt = tokens.is_target.index(True)
+            raise ValueError(
+                f"the prompt has {prompt} tokens, image tokens included, so that within "
+                f"max_length={self.max_length} nothing is left for the completion's "
+                f"{sum(tokens.is_target)}: shorten the prompt, raise max_length, or remove the row"
+            )
+        return Tokens(tokens.ids[:kept], tokens.is_target[:kept])
+
+    def pixels(
+        self,
+        prompt: Sequence[PromptItem],
+        crop_seed: int | None = None,
+        tokens: Tokens | None = None,
+    ) -> list[Tensor]:
         """The prompt's images as the model's square.
 
         Args:
             prompt: Items of an example's prompt.
             crop_seed: Seed of the random crops of training; ``None`` for the whole picture.
+            tokens: The example's tokens; images that ``max_length`` cut off are left out.
 
         Returns:
             One uint8 tensor (3, S, S) per image.
@@ -261,7 +400,8 @@ class Collator:
         Raises:
             BadImage: If an image cannot be opened.
         """
-        images = [open_image(item) for item in prompt if not is_text(item)]
+        number = None if tokens is None else tokens.ids.count(self.image_id)
+        images = [open_image(item) for item in prompt_images(prompt)[:number]]
         if crop_seed is None:
             return [full_image(image, self.side) for image in images]
         return [random_crop(image, self.side, crop_seed + n) for n, image in enumerate(images)]
@@ -294,9 +434,8 @@ class Collator:
         if self.loss_on == "all":
             is_target = is_token
         else:
-            first = torch.tensor([row.first_target for row in tokens])
-            position = is_token.cumsum(1) - 1  # of a token within its example
-            is_target = is_token & (position >= first[:, None])
+            is_target = torch.zeros_like(is_token)
+            is_target[is_token] = torch.tensor([t for row in tokens for t in row.is_target])
         is_target = is_target & ~torch.isin(input_ids, self.never_target)
 
         most_images = max(1, *(len(row) for row in pixels))
@@ -318,7 +457,9 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """The batch of some examples, images preprocessed as the checkpoint does."""
-        return self.collate(self.tokens(examples), [self.pixels(e.prompt) for e in examples])
+        tokens = self.tokens(examples)
+        pairs = zip(examples, tokens, strict=True)
+        return self.collate(tokens, [self.pixels(e.prompt, tokens=t) for e, t in pairs])
 
 
 class RowReader:
@@ -358,7 +499,7 @@ class RowReader:
         with naming_row(f"{self.name}[{index}]"):
             example = as_example(self.rows[index], self.to_example)
             (tokens,) = self.collator.tokens([example])
-            return tokens, self.collator.pixels(example.prompt, crop_seed)
+            return tokens, self.collator.pixels(example.prompt, crop_seed, tokens)
 
     def check(self, indices: Iterable[int]) -> str:
         """Read these rows once, so that a bad one is reported before any training starts.

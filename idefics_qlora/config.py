@@ -94,6 +94,10 @@ class TrainConfig:
     """Which text tokens are targets: the completion and the end token only, or ``all`` text tokens
     (the tutorial's labelling, padding excluded)."""
 
+    max_length: int | None = None
+    """Text tokens of an example at most, image tokens included. A longer example loses the end of
+    its completion; one whose prompt alone is longer is an error. ``None``: no limit."""
+
     augment: bool = True
     """Crop training images randomly (90-100 % of the area). ``False``: the checkpoint's own
     preprocessing, as in evaluation."""
@@ -175,7 +179,7 @@ class TrainConfig:
             "num_workers": 0,
             "seed": 0,
         }
-        optional = {"max_steps": 1, "save_total_limit": 1}
+        optional = {"max_steps": 1, "save_total_limit": 1, "max_length": 2}
         for name, smallest in {**whole, **optional}.items():
             value = getattr(self, name)
             if value is None and name in optional:

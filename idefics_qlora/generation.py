@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from idefics_qlora.batches import AROUND_IMAGE, IMAGE_TOKEN, Collator
-from idefics_qlora.examples import PromptItem, check_prompt, naming_row
+from idefics_qlora.batches import AROUND_IMAGE, IMAGE_TOKEN, Collator, end_ids
+from idefics_qlora.examples import PromptItem, as_prompt, naming_row
 from idefics_qlora.model import Model, Processor, evaluation_mode, num_embeddings
 
 
 def generate(
     model: Model,
     processor: Processor,
-    prompts: Sequence[Sequence[PromptItem]],
+    prompts: Sequence[Sequence[PromptItem | Mapping[str, Any]]],
     *,
     max_new_tokens: int = 50,
     batch_size: int = 8,
@@ -23,12 +23,13 @@ def generate(
     """Continue prompts of interleaved images and texts.
 
     Greedy unless ``generate_options`` say otherwise. Image tokens are never produced, and a text
-    ends at the end-of-sequence token.
+    ends at the end-of-sequence token, or at ``<end_of_utterance>`` where the checkpoint has it.
 
     Args:
         model: The base, or the base with an adapter.
         processor: The base's processor.
-        prompts: Lists of images and texts, as in :class:`~idefics_qlora.Example`.
+        prompts: Lists of images and texts, or of chat messages, as in
+            :class:`~idefics_qlora.Example`.
         max_new_tokens: Tokens at most per text.
         batch_size: Prompts in one batch.
         return_full_text: Return the prompt's text as well (images are left out of it).
@@ -45,7 +46,7 @@ def generate(
     device = next(model.parameters()).device
     options = {
         "do_sample": False,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": end_ids(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "suppress_tokens": tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, AROUND_IMAGE]),
         **generate_options,
@@ -55,7 +56,7 @@ def generate(
         tokens, pixels = [], []
         for i, prompt in enumerate(prompts[start : start + batch_size], start):
             with naming_row(f"prompts[{i}]"):
-                check_prompt(prompt)
+                prompt = as_prompt(prompt)
                 tokens += collator.prompt_tokens([prompt])
                 pixels.append(collator.pixels(prompt))
         batch = collator.collate(tokens, pixels, padding_side="left").to(device)

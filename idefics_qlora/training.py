@@ -226,7 +226,7 @@ def train(
         )
     trainable = models.trainable_parameters(model)
     device = next(iter(trainable.values())).device
-    collator = Collator(processor, config.loss_on, models.num_embeddings(model))
+    collator = Collator(processor, config.loss_on, models.num_embeddings(model), config.max_length)
     reader = RowReader(train_rows, "train_rows", to_example, collator)
     windows = Windows(
         reader,
@@ -381,6 +381,7 @@ def evaluate(
     to_example: ToExample | None = None,
     batch_size: int = 2,
     loss_on: LossOn = "completion",
+    max_length: int | None = None,
     num_workers: int = 0,
 ) -> dict[str, float]:
     """Loss of a model on held-out rows.
@@ -395,13 +396,14 @@ def evaluate(
         to_example: As in :func:`train`.
         batch_size: Examples in one forward pass.
         loss_on: Which text tokens are targets.
+        max_length: Text tokens of an example at most, as in :class:`~idefics_qlora.TrainConfig`.
         num_workers: Processes that load batches ahead.
 
     Returns:
         ``eval_loss`` (cross-entropy per target token over all rows together, in nats),
         ``eval_runtime`` (s), ``eval_samples_per_second`` and ``eval_steps_per_second`` (batches).
     """
-    collator = Collator(processor, loss_on, models.num_embeddings(model))
+    collator = Collator(processor, loss_on, models.num_embeddings(model), max_length)
     batches = EvalBatches(RowReader(rows, "rows", to_example, collator), batch_size)
     device = next(model.parameters()).device
     loading = Loading(batches, num_workers=num_workers, pin=device.type == "cuda")

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
+import json
 import random
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
 import idefics_qlora as iq
 
@@ -82,6 +84,31 @@ def base(_loaded: tuple):
 def processor(_loaded: tuple):
     """The tiny base's processor."""
     return _loaded[1]
+
+
+@pytest.fixture(scope="session")
+def instruct_processor(processor, tmp_path_factory: pytest.TempPathFactory):
+    """The tiny base's processor with ``<end_of_utterance>``, as the -instruct checkpoints have it.
+
+    The token takes the place of the vocabulary's last one, so that the model embeds it.
+    """
+    folder = tmp_path_factory.mktemp("instruct")
+    processor.save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    merges = tokenizer["model"]["merges"]
+    tokenizer["model"]["merges"] = [pair for pair in merges if "".join(pair) != last]
+    end = {**tokenizer["added_tokens"][-1], "content": "<end_of_utterance>"}
+    end["id"] = vocabulary.pop(last)
+    tokenizer["added_tokens"].append(end)
+    file.write_text(json.dumps(tokenizer))
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config["extra_special_tokens"].append("<end_of_utterance>")
+    file.write_text(json.dumps(config))
+    return AutoProcessor.from_pretrained(folder)
 
 
 @pytest.fixture

@@ -3,8 +3,14 @@
 Shapes: B examples, T tokens, N images per example.
 """
 
+import copy
+import json
+from itertools import groupby
+
+import datasets
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import idefics_qlora as iq
 from idefics_qlora.batches import (
@@ -15,8 +21,10 @@ from idefics_qlora.batches import (
     Windows,
     epoch_order,
 )
+from idefics_qlora.examples import as_example
 from idefics_qlora.loading import Loading
 
+IMAGE = {"type": "image"}
 QUESTION = "Question: What's on the picture? Answer:"
 
 
@@ -69,6 +77,11 @@ def test_the_processors_nested_call_is_blind(processor, picture):
     assert theirs["image_attention_mask"][0, :image_at].sum() == 0
 
 
+def test_the_processor_does_not_know_its_end_of_utterance(instruct_processor):
+    """The trap that makes turns end in our hands: it would add the token, but looks in vain."""
+    assert not instruct_processor.tokenizer_was_trained_with_end_of_utterance_token
+
+
 def test_targets_of_the_completion(collator, processor, picture):
     """By default the completion and the end token are learnt, and nothing else."""
     batch = collator([iq.Example([picture, QUESTION], " This is it."), iq.Example(["Q"], " A")])
@@ -100,7 +113,7 @@ def test_generation_sees_the_prompt_that_was_trained(collator, picture):
         completion = " This is it." if question == QUESTION else "This is it."
         (tokens,) = collator.tokens([iq.Example([picture, question], completion)])
         (prompt,) = collator.prompt_tokens([[picture, question]])
-        assert tokens.ids[: tokens.first_target] == prompt.ids
+        assert tokens.ids[: tokens.is_target.index(True)] == prompt.ids
         (reference,) = collator.tokens([iq.Example([picture, QUESTION], " This is it.")])
         assert tokens == reference
 
@@ -112,6 +125,214 @@ def test_data_cannot_forge_control_tokens(collator, picture):
     assert tokens.ids.count(collator.image_id) == 1
     assert tokens.ids.count(collator.tokenizer.eos_token_id) == 1
     assert "< image>" in collator.tokenizer.decode(tokens.ids)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        (["<ima<image>ge> <</s>/s> <s><unk>"], "<end_of_utterance>"),
+        (["meets <im", "age> here"], "and </s"),
+        (["at the border <im"], "age></s>"),
+        (["<fake_token_around_", "image>"], "<<<image>"),
+    ],
+)
+def test_no_text_becomes_a_control_token(instruct_processor, picture, prompt, completion):
+    """Neither nested, nor where two texts meet, nor the tokens of another checkpoint alone."""
+    collator = Collator(instruct_processor)
+    example = iq.Example([picture, *prompt], completion)
+    (tokens,) = collator.tokens([example])
+    found = collator.tokenizer.convert_ids_to_tokens(
+        [i for i in tokens.ids if i in collator.control_ids | {collator.tokenizer.unk_token_id}]
+    )
+    around = "<fake_token_around_image>"
+    assert found == ["<s>", around, "<image>", around, "</s>"]
+    dialogue = iq.Example([{"role": "user", "content": "".join(prompt)}], completion)
+    (tokens,) = collator.tokens([dialogue])
+    assert sum(i in collator.control_ids for i in tokens.ids) == 3  # <s> and the ends of two turns
+    plain = collator.tokenizer.decode(tokens.ids).replace(" ", "")
+    assert "".join(prompt).replace(" ", "") in plain  # nothing is lost but for the spaces
+
+
+def test_overlapping_and_added_tokens(processor, picture):
+    """Special tokens that overlap are broken all the same; added words are words."""
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.add_special_tokens({"extra_special_tokens": ["<a>", ">b<"]})
+    processor.tokenizer.add_tokens(["Pikachu"])
+    collator = Collator(processor)
+    (tokens,) = collator.tokens([iq.Example([picture, "<a>b<a>b<"], " Pikachu")])
+    text = processor.tokenizer.decode(tokens.ids)
+    assert "<a>" not in text
+    assert ">b<" not in text
+    assert processor.tokenizer.convert_tokens_to_ids("Pikachu") in tokens.ids
+    processor.tokenizer.add_special_tokens({"extra_special_tokens": ["§"]})
+    with pytest.raises(ValueError, match="control tokens .*'§'.* are meant: remove them"):
+        Collator(processor).tokens([iq.Example([picture, "§ 1"], " x")])  # a space cannot break it
+
+
+def dialogue(picture):
+    """Two questions with three pictures, as chat messages."""
+    return [
+        {"role": "user", "content": [{"type": "text", "text": "What is in this image?"}, IMAGE]},
+        {"role": "assistant", "content": "A card."},
+        {"role": "user", "content": [IMAGE, IMAGE, {"type": "text", "text": "And these?"}]},
+        {"role": "assistant", "content": "Two more."},
+    ], [picture] * 3
+
+
+def test_a_dialogue_equals_the_processors(collator, instruct_processor, processor, picture):
+    """Ids, masks and pixels of a dialogue are those of the documented format of each family."""
+    messages, images = dialogue(picture)
+    prompt = as_example({"messages": messages, "images": images}).prompt
+    end = "<end_of_utterance>"
+    written = {
+        instruct_processor: [
+            *("User: What is in this image?", picture, end),
+            *(f"\nAssistant: A card.{end}", "\nUser:", picture, picture),
+            *(f"And these?{end}", "\nAssistant:"),
+        ],
+        processor: [
+            *("Question: What is in this image?", picture, "Answer: A card.\n"),
+            *(picture, picture, "Question: And these? Answer:"),
+        ],
+    }
+    for family, items in written.items():
+        options = {"add_end_of_utterance_token": False, "return_tensors": "pt"}
+        theirs = family(text=[items], **options)
+        ours = Collator(family)
+        tokens = ours.prompt_tokens([prompt])
+        inputs = ours.collate(tokens, [ours.pixels(prompt)]).inputs()
+        for name, tensor in inputs.items():
+            assert torch.equal(tensor.to(theirs[name].dtype), theirs[name]), name
+
+
+def learnt(processor, tokens):
+    """The texts of the tokens that are targets, one per run of them."""
+    runs = groupby(zip(tokens.ids, tokens.is_target, strict=True), lambda pair: pair[1])
+    return [processor.tokenizer.decode([i for i, _ in run]) for target, run in runs if target]
+
+
+def test_every_assistant_turn_is_learnt(processor, instruct_processor, picture):
+    """Each answer with the token that ends it, and no question; context turns are not learnt."""
+    messages, images = dialogue(picture)
+    example = as_example({"messages": messages, "images": images})
+    context = as_example({"prompt": messages[:3], "completion": messages[3:], "images": images})
+    end = "<end_of_utterance>"
+    for family, answers in (
+        (instruct_processor, [f"A card.{end}", f"Two more.{end}"]),
+        (processor, ["A card.", "Two more.</s>"]),
+    ):
+        collator = Collator(family)
+        (tokens,) = collator.tokens([example])
+        assert learnt(family, tokens) == answers
+        batch = collator([example])
+        assert torch.equal(batch.labels[0] != IGNORE, torch.tensor(tokens.is_target))
+        (prompt,) = collator.prompt_tokens([example.prompt])
+        assert tokens.ids[: len(prompt.ids)] == prompt.ids
+        (only_last,) = collator.tokens([context])
+        assert only_last.ids == tokens.ids
+        assert learnt(family, only_last) == answers[1:]
+        everything = Collator(family, loss_on="all")([example])
+        special = torch.isin(everything.input_ids, collator.never_target)
+        assert torch.equal(everything.labels == IGNORE, special)
+
+
+def test_turns_of_every_role_and_shape(processor, instruct_processor, picture):
+    """System turns, turns without text and white space at the ends read as the families write."""
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": [IMAGE]},
+        {"role": "assistant", "content": " \nA cat. "},
+        {"role": "user", "content": "Sure? "},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    example = as_example({"messages": messages, "image": picture})
+    end, around = "<end_of_utterance>", "<fake_token_around_image>"
+    for family, expected in (
+        (
+            instruct_processor,
+            f"<s>System: Be short.{end}\nUser:{around}<image>{around}{end}\nAssistant: A cat.{end}"
+            f"\nUser: Sure?{end}\nAssistant: Yes.{end}",
+        ),
+        (
+            processor,
+            f"<s>Be short.\n{around}<image>{around}Answer: A cat."
+            "\nQuestion: Sure? Answer: Yes.</s>",
+        ),
+    ):
+        (tokens,) = Collator(family).tokens([example])
+        assert family.tokenizer.decode(tokens.ids) == expected
+
+
+def test_targets_with_a_prefix_space_from_the_normaliser(processor, picture):
+    """Tokenizers like Llama's put a space before every piece of text; targets stay in place."""
+    processor = copy.deepcopy(processor)
+    state = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    state["pre_tokenizer"] = None
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    state["normalizer"] = {"type": "Sequence", "normalizers": [prepend, space]}
+    processor.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    collator = Collator(processor)
+    messages, images = dialogue(picture)
+    (tokens,) = collator.tokens([as_example({"messages": messages, "images": images})])
+    assert learnt(processor, tokens) == ["A card.", "Two more.</s>"]
+    (tokens,) = collator.tokens([iq.Example([picture, QUESTION], " This is é.")])
+    (prompt,) = collator.prompt_tokens([[picture, QUESTION]])
+    assert tokens.ids[: tokens.is_target.index(True)] == prompt.ids
+    assert learnt(processor, tokens) == ["This is é.</s>"]
+
+
+def test_max_length_shortens_the_completion(processor, picture):
+    """The end goes, with the end token; the prompt and its image stay whole."""
+    example = iq.Example([picture, QUESTION], " This is a very long answer of many words.")
+    (whole,) = Collator(processor).tokens([example])
+    prompt = whole.is_target.index(True)
+    for max_length in (len(whole.ids) + 1, len(whole.ids), len(whole.ids) - 1, prompt + 1):
+        collator = Collator(processor, max_length=max_length)
+        (tokens,) = collator.tokens([example])
+        assert tokens.ids == whole.ids[:max_length]
+        has_end = collator.tokenizer.eos_token_id in tokens.ids
+        assert has_end == (max_length >= len(whole.ids))
+        assert collator([example]).num_targets == len(tokens.ids) - prompt
+    reader = RowReader([example], "rows", None, Collator(processor, max_length=prompt))
+    with pytest.raises(
+        ValueError,
+        match=rf"rows\[0\]: the prompt has {prompt} tokens.*max_length={prompt} nothing.*remove",
+    ):
+        reader.read(0)
+
+
+def test_max_length_never_cuts_an_image(instruct_processor, picture):
+    """Of a dialogue, later turns go whole, with their images, wherever the limit falls."""
+    messages, images = dialogue(picture)
+    example = as_example({"messages": messages, "images": images})
+    (whole,) = Collator(instruct_processor).tokens([example])
+    first = whole.is_target.index(True)
+    kept = set()
+    for max_length in range(first + 1, len(whole.ids)):
+        collator = Collator(instruct_processor, max_length=max_length)
+        tokens, pixels = RowReader([example], "rows", None, collator).read(0)
+        assert len(tokens.ids) <= max_length
+        assert tokens.ids == whole.ids[: len(tokens.ids)]
+        assert tokens.is_target[-1]
+        assert len(pixels) == tokens.ids.count(collator.image_id)
+        kept.add(len(pixels))
+        batch = collator([example])
+        assert batch.pixel_values.shape[1] == len(pixels)
+    assert kept == {1, 3}
+
+
+def test_a_row_that_cannot_be_decoded_is_named(processor):
+    """A broken picture in a dataset's image column is found when its row is asked for."""
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": b"no picture", "path": None}], "caption": ["x"]},
+        features=datasets.Features(
+            {"image": datasets.Image(), "caption": datasets.Value("string")}
+        ),
+    )
+    reader = RowReader(rows, "rows", iq.Captions(answer=" {caption}"), Collator(processor))
+    with pytest.raises(ValueError, match=r"rows\[0\]: cannot be read: UnidentifiedImageError"):
+        reader.read(0)
 
 
 def test_ids_beyond_the_embedding_are_named(processor, picture):

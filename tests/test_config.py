@@ -55,6 +55,7 @@ def test_fields_are_frozen_names():
         "load_best_model_at_end",
         "eval_batch_size",
         "loss_on",
+        "max_length",
         "augment",
         "on_save_error",
         "resume",
@@ -76,6 +77,7 @@ def test_every_problem_is_reported_at_once():
             optim="sgd",
             lr_scheduler_type="step",
             loss_on="prompt",
+            max_length=1,
             augment="yes",
             max_grad_norm=-1,
         )
@@ -89,6 +91,7 @@ def test_every_problem_is_reported_at_once():
         "optim='sgd'",
         "lr_scheduler_type='step'",
         "loss_on='prompt'",
+        "max_length=1",
         "augment='yes'",
         "max_grad_norm=-1",
     ):

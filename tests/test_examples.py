@@ -1,13 +1,23 @@
 """From rows to examples, and what is said of rows that are none."""
 
 import io
+import pickle
 from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image
 
 import idefics_qlora as iq
-from idefics_qlora.examples import as_example, first_sentence, naming_row, pokemon_card_example
+from idefics_qlora.examples import (
+    QUESTION,
+    Turn,
+    as_example,
+    as_prompt,
+    first_sentence,
+    naming_row,
+    pokemon_card_example,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +31,12 @@ from idefics_qlora.examples import as_example, first_sentence, naming_row, pokem
         ("It is 3.5 m tall. It flies.", "It is 3.5 m tall."),
         ("No full stop at all", "No full stop at all"),
         ("Does it fly? Yes.", "Does it fly?"),
+        ("Does it fly? No. It walks.", "Does it fly?"),
+        ("No. It walks.", "No."),
+        (
+            "It met, e.g. Mr. Mime Jr. of Mt. Moon. It ran.",
+            "It met, e.g. Mr. Mime Jr. of Mt. Moon.",
+        ),
         ("  Two\n lines. More.", "Two lines."),
     ],
 )
@@ -59,11 +75,21 @@ def test_known_formats_need_no_function(picture):
         ({"text": "hello"}, r"columns \['text'\] is no known format.*to_example="),
         ("hello", "type str is no known format"),
         ({"name": "A", "caption": ""}, "caption=''"),
-        ({"name": "A", "caption": "B."}, "neither `image` nor `image_url`"),
+        (
+            {"name": "A", "caption": "B."},
+            "no picture: neither `image` nor `image_path` nor `image_url` has a value",
+        ),
         ({"prompt": [None, "What?"], "completion": "x"}, "the row has no image"),
         ({"prompt": ["What?"], "completion": " "}, "completion=' ' is empty"),
         ({"prompt": ["What?"], "completion": None}, "completion=None: expected a string"),
-        ({"prompt": "What?", "completion": "x"}, "expected a list of images and texts"),
+        ({"prompt": 3, "completion": "x"}, "prompt=3: expected a list of images and texts"),
+        (
+            {"prompt": "What?", "completion": "x", "images": "a.png"},
+            "images='a.png': expected a list",
+        ),
+        ({"prompt": "What?", "completion": "x", "images": None}, "images=None: expected a list"),
+        ({"prompt": "What?", "completion": "x", "image": None}, "no picture: neither `image`"),
+        ({"prompt": ["What?"], "completion": "x", "images": [b""]}, "put them into the list"),
         ({"prompt": [], "completion": "x"}, r"prompt=\[\] is empty"),
         ({"prompt": ["https://host/a.png"], "completion": "x"}, "bare URL.*open_image"),
         (
@@ -96,7 +122,7 @@ def test_a_bad_image_names_its_row():
     """BadImage stays BadImage, with the row in it."""
     row = {"name": "A", "caption": "B.", "image_url": "no/such.png"}
     with (
-        pytest.raises(iq.BadImage, match=r"'no/such.png' of train_rows\[7\]"),
+        pytest.raises(iq.BadImage, match=r"'no/such.png' of image_url of train_rows\[7\]"),
         naming_row("train_rows[7]"),
     ):
         as_example(row)
@@ -110,3 +136,228 @@ def test_images_may_be_given_in_every_form(picture, tmp_path):
     path.write_bytes(buffer.getvalue())
     prompt = [path, buffer.getvalue(), {"path": str(path)}, Image.new("RGB", (2, 2)), "text"]
     assert iq.Example(prompt, "x").prompt == prompt
+
+
+def encoded(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_captions_from_any_picture_column(picture, tmp_path):
+    """PIL images, bytes, mappings, paths, `datasets.Image`, in the column of any of the names."""
+    data = encoded(picture)
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    to_example = iq.Captions(answer=" {title}: {hp} HP")
+    expected = iq.Example([picture, QUESTION], " Mime: 40 HP")
+    for column, value in (
+        ("image", picture),
+        ("image", data),
+        ("image", {"bytes": data, "path": None}),
+        ("image", path),
+        ("image_path", str(path)),
+        ("image_url", str(path)),
+    ):
+        row = {column: value, "title": "Mime", "hp": 40}
+        assert as_example(row, to_example) == expected, (column, value)
+        assert as_example(row, iq.Captions(answer=" {title}: {hp} HP", image=column)) == expected
+    rows = datasets.Dataset.from_dict({"image": [str(path)], "title": ["Mime"], "hp": [40]})
+    rows = rows.cast_column("image", datasets.Image())
+    assert as_example(rows[0], to_example) == expected
+
+
+def test_captions_cross_to_workers():
+    """Loader processes that are spawned get it by pickling."""
+    captions = iq.Captions(answer=" {text}", question="{kind}?", image="picture")
+    assert pickle.loads(pickle.dumps(captions)) == captions
+
+
+def test_templates_hold_columns_and_nothing_else(picture):
+    """A value is put in as it is; a field cannot reach into it."""
+    row = {"image": picture, "a": "{b} {{", "b": "never", "Card Name": "Mime"}
+    to_example = iq.Captions(answer=" {{{a}}} {Card Name}", question="{a}?")
+    assert to_example(row) == iq.Example([picture, "{b} {{?"], " {{b} {{} Mime")
+
+
+@pytest.mark.parametrize(
+    "template", ["{a.__class__}", "{a[0]}", "{a!r}", "{a:>9}", "{a:{b}}", "{}", "{a", "a}"]
+)
+def test_other_templates_are_refused(template):
+    """Attributes, indices, conversions and broken braces are found before any row is read."""
+    with pytest.raises(ValueError, match="answer='"):
+        iq.Captions(answer=template)
+    with pytest.raises(ValueError, match="question='"):
+        iq.Captions(answer="x", question=template)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image": None}, "no picture: neither `image` nor"),
+        ({"image": 3.5}, "3.5 of image of rows.0.: float is no image"),
+        ({"image": "no.png"}, "'no.png' of image of rows.0.: there is no such file"),
+        ({"image": b"x"}, "<1 bytes> of image of rows.0.: UnidentifiedImageError"),
+        ({"text": None}, "text=None: expected text or a number"),
+        ({"text": float("nan")}, "text=nan: expected text or a number"),
+        ({"text": ["a"]}, r"text=\['a'\]: expected text or a number"),
+        ({"text": " "}, "text=' ' is empty"),
+    ],
+)
+def test_bad_captions_name_row_and_column(picture, values, message):
+    """What is wrong, in which column of which row."""
+    row = {"image": picture, "text": "fine", **values}
+    with pytest.raises(ValueError, match=message), naming_row("rows[0]"):
+        as_example(row, iq.Captions(answer=" {text}"))
+
+
+def test_missing_columns_are_named_with_those_that_are_there(picture):
+    """A wrong name in a template is corrected at a glance."""
+    row = {"image": picture, "text": "x"}
+    with pytest.raises(ValueError, match=r"column 'txt'.*answer=.*missing.*\['image', 'text'\]"):
+        iq.Captions(answer="{txt}")(row)
+    with pytest.raises(ValueError, match=r"\['image', 'text'\], not `photo`"):
+        iq.Captions(answer="{text}", image="photo")(row)
+
+
+PART = {"type": "image"}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def test_chat_messages(picture, tmp_path):
+    """Strings and parts, pictures in `images`, in the parts or in `image`; all answers learnt."""
+    other = Image.new("RGB", (5, 4), "red")
+    other.save(tmp_path / "other.png")
+    expected = iq.Example(
+        [
+            Turn("user", [picture, "Which? This,", other, "or that?"]),
+            Turn("assistant", "This.", is_target=True),
+            Turn("user", "Sure?"),
+        ],
+        "Yes.",
+    )
+    end = [
+        {"role": "assistant", "content": [text("This.")]},
+        {"role": "user", "content": [text("Sure?")]},
+        {"role": "assistant", "content": [text("Yes.")]},
+    ]
+
+    def row(first, second, **columns):
+        content = [first, text("Which? "), text("This, "), second, text("or that?")]
+        return {"messages": [{"role": "user", "content": content}, *end], **columns}
+
+    assert as_example(row(PART, PART, images=[picture, other])) == expected
+    inline = {"type": "image", "path": str(tmp_path / "other.png")}
+    assert as_example(row({**PART, "image": picture}, inline)) == expected
+    assert as_example(row(PART, inline, images=[picture])) == expected
+    assert as_example(row(PART, inline, image=picture)) == expected
+    # `datasets` gives each part all keys, and each picture in its own way.
+    rows = datasets.Dataset.from_list([row(PART, PART, images=[encoded(picture), encoded(other)])])
+    rows = rows.cast_column("images", datasets.List(datasets.Image()))
+    assert "text" in rows[0]["messages"][0]["content"][0]
+    assert as_example(rows[0]) == expected
+
+
+def test_images_without_a_place_come_first(picture):
+    """As in TRL: a message of plain text is asked about the images."""
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Which?"},
+        {"role": "assistant", "content": "This."},
+    ]
+    example = as_example({"messages": messages, "images": [picture, picture]})
+    assert example.prompt[1] == Turn("user", [picture, picture, "Which?"])
+    assert as_example({"messages": messages}).prompt[1] == Turn("user", "Which?")
+
+
+def test_prompt_and_completion_with_images(picture):
+    """TRL's columns, plain or conversational; only the completion's turns are learnt."""
+    row = {"prompt": "What?", "completion": " That.", "images": [picture, picture]}
+    assert as_example(row) == iq.Example([picture, picture, "What?"], " That.")
+    assert as_example({**row, "images": []}) == iq.Example(["What?"], " That.")
+    prompt = [
+        {"role": "user", "content": [PART, text("What?")]},
+        {"role": "assistant", "content": "That."},
+        {"role": "user", "content": [text("And?"), PART]},
+    ]
+    row = {"prompt": prompt, "completion": "This.", "images": [picture, picture]}
+    example = as_example(row)
+    assert example.prompt[1] == Turn("assistant", "That.")
+    assert example.prompt[2] == Turn("user", ["And?", picture])
+    assert example.completion == "This."
+    assert as_example({**row, "completion": [{"role": "assistant", "content": "This."}]}) == example
+
+
+USER = {"role": "user", "content": "What?"}
+ANSWER = {"role": "assistant", "content": "That."}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": []}, r"messages=\[\]: expected a list of messages"),
+        ({"messages": "hi"}, "messages='hi': expected a list of messages"),
+        ({"messages": [USER, "hi"]}, r"messages\[1\]: 'hi': expected a message with `role`"),
+        ({"messages": [USER]}, r"messages\[0\] is the last message and has role='user'"),
+        ({"messages": [ANSWER]}, "prompt=.. is empty"),
+        ({"messages": [USER, ANSWER, ANSWER]}, "prompt ends with an assistant turn"),
+        ({"messages": [{**USER, "role": "human"}, ANSWER]}, r"messages\[0\]: role='human'"),
+        ({"messages": [{**USER, "content": None}, ANSWER]}, r"messages\[0\]: content=None"),
+        ({"messages": [{**USER, "content": " "}, ANSWER]}, r"messages\[0\]: content=.* is empty"),
+        (
+            {"messages": [{**USER, "content": [{"type": "video"}]}, ANSWER]},
+            r"messages\[0\]: content\[0\]=.*video.*expected .*text",
+        ),
+        (
+            {"messages": [{**USER, "content": [text(3)]}, ANSWER]},
+            r"messages\[0\]: content\[0\]=.*a string",
+        ),
+        (
+            {"messages": [{**USER, "content": [PART]}, ANSWER]},
+            "the messages have 1 parts .* the row has 0 images",
+        ),
+        (
+            {"messages": [{**USER, "content": [PART]}, ANSWER], "images": [b"", b""]},
+            r"<0 bytes> of images\[0\]",
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "content": [{**PART, "path": "no.png"}]}]},
+            r"'no.png' of content\[0\] of messages\[1\]",
+        ),
+        ({"prompt": [USER], "completion": 3}, "completion=3: expected a list of messages"),
+        ({"prompt": [USER], "completion": [USER]}, r"completion\[0\] is the last message"),
+    ],
+)
+def test_bad_chats_name_row_and_message(row, message):
+    """The error names the row, the message and the part."""
+    with (
+        pytest.raises(ValueError, match=rf"rows\[3\].*{message}|{message}.*rows\[3\]"),
+        naming_row("rows[3]"),
+    ):
+        as_example(row)
+
+
+def test_pictures_and_places_must_be_as_many(picture):
+    """One image too many or too few would put every later one at the wrong question."""
+    messages = [{**USER, "content": [PART, PART]}, ANSWER]
+    with pytest.raises(ValueError, match="have 2 parts .* the row has 1 images"):
+        as_example({"messages": messages, "images": [picture]})
+    with pytest.raises(ValueError, match="have 2 parts .* the row has 3 images"):
+        as_example({"messages": messages, "images": [picture] * 3})
+    with pytest.raises(ValueError, match=r"messages\[1\]: an assistant turn has an image"):
+        as_example({"messages": [USER, {**ANSWER, "content": [PART]}], "images": [picture]})
+
+
+def test_turns_are_checked(picture):
+    """A dialogue put together by hand goes through the same checks."""
+    with pytest.raises(ValueError, match="the model learns no user turn"):
+        Turn("user", "What?", is_target=True)
+    with pytest.raises(TypeError, match="mixes turns with other items"):
+        as_prompt([Turn("user", "What?"), picture])
+    with pytest.raises(ValueError, match="content text .* is a bare URL"):
+        Turn("user", ["https://host/a.png"])
+    with pytest.raises(TypeError, match="content=3: expected text, or a list"):
+        Turn("user", 3)

@@ -70,6 +70,23 @@ def test_it_stops_at_the_end_token(base, processor, picture):
     assert len(calls) == 1
 
 
+def test_an_answer_ends_with_its_utterance(base, instruct_processor, picture):
+    """Chat messages are prompts, and an -instruct checkpoint stops where the turn ends."""
+    end = instruct_processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    prompts = []
+
+    def ends(module, inputs, logits):
+        prompts.append(logits.shape)
+        logits[..., end] = 1e4
+        return logits
+
+    base.lm_head.register_forward_hook(ends)
+    image = {"type": "image", "image": picture}
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": "What?"}]}]
+    assert iq.generate(base, instruct_processor, [messages], max_new_tokens=9) == [""]
+    assert len(prompts) == 1
+
+
 def test_greedy_unless_asked(base, processor, picture):
     """The same prompt gives the same text; sampling is an option of transformers' generate."""
     prompt = [[picture, QUESTION]]

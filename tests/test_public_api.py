@@ -12,7 +12,9 @@ def test_public_names():
     """A name is only added or removed on purpose."""
     assert sorted(iq.__all__) == [
         "BadImage",
+        "Captions",
         "Example",
+        "Preview",
         "TrainConfig",
         "TrainResult",
         "add_lora",
@@ -22,6 +24,8 @@ def test_public_names():
         "latest_checkpoint",
         "load_finetuned",
         "load_model",
+        "load_rows",
+        "preview_batch",
         "tiny",
         "train",
     ]
