@@ -90,7 +90,7 @@ class Downloader:
             except httpcore2.TimeoutException as error:
                 raise _Temporary(f"no answer in time: {error or type(error).__name__}") from error
             except (httpcore2.NetworkError, httpcore2.ProtocolError) as error:
-                if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+                if _is_certificate_error(error):
                     raise _Refused(f"the server's certificate is not valid: {error}") from error
                 raise _Temporary(f"the connection failed: {error}") from error
             if isinstance(answer, bytes):
@@ -166,6 +166,12 @@ def _seconds_left(timeout: float | None) -> float:
     if left <= 0:
         raise httpcore2.ReadTimeout("the time for the whole download is over")
     return left if timeout is None else min(timeout, left)
+
+
+def _is_certificate_error(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 @functools.cache
@@ -285,7 +291,17 @@ def _resolve(host: str, port: int, timeout_s: float) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-_TRANSLATED = [ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48")]  # NAT64
+_SPECIAL = [
+    ipaddress.ip_network(network)
+    for network in (
+        *("64:ff9b::/96", "64:ff9b:1::/48"),  # NAT64
+        *(
+            "192.0.0.0/24",
+            "192.88.99.0/24",
+            "fec0::/10",
+        ),  # Pythons differ in what they say of these
+    )
+]
 
 
 def is_public(address: str) -> bool:
@@ -295,9 +311,9 @@ def is_public(address: str) -> bool:
     private one, and a public host has its IPv4 address besides.
     """
     ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address) and (
-        ip.ipv4_mapped or ip.sixtofour or ip.teredo or any(ip in net for net in _TRANSLATED)
-    ):
+    if isinstance(ip, ipaddress.IPv6Address) and (ip.ipv4_mapped or ip.sixtofour or ip.teredo):
+        return False
+    if any(ip in network for network in _SPECIAL if network.version == ip.version):
         return False
     special = ip.is_private or ip.is_loopback or ip.is_link_local or ip.is_multicast
     return ip.is_global and not (special or ip.is_reserved or ip.is_unspecified)
@@ -387,10 +403,10 @@ class Cache:
             except FileNotFoundError:  # another process removed it
                 continue
             left_over = path.name.startswith(".") and status.st_mtime < time.time() - 3600
-            files.append((0 if left_over else status.st_mtime_ns, status.st_size, path))
+            files.append((-1 if left_over else status.st_mtime_ns, status.st_size, path))
         excess = sum(size for _, size, _ in files) - (self.max_bytes - slack)
         for last_used, size, path in sorted(files):
-            if excess > 0 or last_used == 0:  # a killed process' unfinished file goes in any case
+            if excess > 0 or last_used == -1:  # a killed process' unfinished file goes in any case
                 path.unlink(missing_ok=True)
                 excess -= size
 

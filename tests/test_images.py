@@ -220,12 +220,14 @@ def test_what_cannot_be_opened_says_why(source, reason):
     "source",
     ["file:///etc/hostname", "ftp://host/a.png", "data:image/png;base64,AA", "s3://b/a.png"],
 )
-def test_other_addresses_are_not_taken_for_paths(source, tmp_path, monkeypatch):
+def test_other_addresses_are_not_taken_for_paths(source, picture, tmp_path, monkeypatch):
     """A string is an http(s) URL or a path, never silently the other, even if there is a file."""
     monkeypatch.chdir(tmp_path)
-    Path(source).parent.mkdir(parents=True, exist_ok=True) if source[0] in "fs" else None
+    Path(source).parent.mkdir(parents=True)
+    Path(source).write_bytes(encoded(picture))
     with pytest.raises(iq.BadImage, match=r"expected an http\(s\) URL, or a plain file path"):
         open_image(source)
+    assert open_image(Path(source)).size == picture.size
 
 
 def test_bad_image_survives_a_worker_process():
