@@ -286,7 +286,7 @@ def _resolve(host: str, port: int, timeout_s: float) -> list[str]:
         raise httpcore2.ConnectTimeout(f"the name {host} was not resolved") from None
     if isinstance(found, socket.gaierror) and found.errno == socket.EAI_AGAIN:
         raise httpcore2.ConnectError(f"the name {host} cannot be resolved now: {found}")
-    if isinstance(found, Exception):
+    if isinstance(found, Exception) or not found:
         raise _Refused(f"the name {host} cannot be resolved: {found}")
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 

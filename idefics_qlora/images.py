@@ -64,8 +64,9 @@ def open_image(
             path object is always one.
         access: What may be opened, the limits, and where downloads are kept.
         min_side: Side in pixels of the square the picture is for. A large JPEG is then decoded at
-            1/2, 1/4 or 1/8 of its size, which is much faster, but stays large enough that a random
-            crop of it is scaled down by 2 or more. ``None``: decoded in full.
+            1/2, 1/4 or 1/8 of its size, which is faster, but stays large enough that a random crop
+            of it is scaled down by 2 or more. The same seed then gives another crop, because crops
+            are drawn in whole pixels. ``None``: decoded in full.
 
     Returns:
         The decoded RGB image. Transparency is composited on white, 16-bit and floating-point values
@@ -154,7 +155,7 @@ class PrefetchResult:
 
     num_downloaded: int
     num_already_there: int
-    """In the cache before, or in a local file, or in the row itself."""
+    """In the cache before, or a local file."""
     failed: list[FailedImage]
 
     def __str__(self) -> str:
@@ -192,8 +193,11 @@ def prefetch_images(
         How many pictures were downloaded, and which rows failed and why.
 
     Raises:
-        ValueError: If the rows have no such column.
+        ValueError: If the rows have no such column, or one of the numbers is less than 1.
     """
+    for name, number in {"num_threads": num_threads, "max_per_host": max_per_host}.items():
+        if number < 1:
+            raise ValueError(f"{name}={number!r}: expected 1 or more")
     wanted: dict[str | Path, list[int]] = {}  # each distinct source, and the rows that want it
     for index, source in enumerate(_column(rows, column)):
         if source is None or isinstance(source, (str, Path)):

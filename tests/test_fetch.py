@@ -602,6 +602,8 @@ def test_a_dataset_can_be_prefetched(server):
         with pytest.raises(ValueError, match=r"column='url': the rows have \['image_url'\]"):
             prefetch_images(wrong, "url", access())
     assert prefetch_images([], access=access()).failed == []
+    with pytest.raises(ValueError, match="max_per_host=0: expected 1 or more"):
+        prefetch_images(rows, access=access(), max_per_host=0)
 
 
 def test_a_cache_too_small_for_the_rows_is_said(server):

@@ -93,6 +93,8 @@ def test_a_transparent_colour_becomes_white(mode, colour):
 def test_16_bit_grey_is_scaled():
     """Half of 65535 is middle grey: convert() would clip nearly everything to white."""
     ramp = np.array([[0, 256, 32768, 65535]], np.uint16)
+    clipped = Image.fromarray(ramp).convert("RGB")
+    assert np.asarray(clipped)[0, :, 1].tolist() == [0, 255, 255, 255]  # else no need for our own
     for data in (
         encoded(Image.fromarray(ramp)),
         encoded(Image.fromarray(ramp), "TIFF"),
@@ -165,14 +167,15 @@ def textured(side: int, seed: int) -> Image.Image:
 
 @pytest.mark.parametrize(("side", "scale"), [(1400, 2), (2800, 4)])
 def test_a_large_jpeg_may_be_decoded_small(side, scale):
-    """At a fraction of the cost the model sees the same, to a level or two of 256."""
+    """The model sees the same, to about one level of 256, even of a noisy picture."""
     data = encoded(textured(side, seed=side), "JPEG", quality=92)
     full, draft = open_image(data), open_image(data, min_side=224)
     assert draft.width == -(-full.width // scale)
-    for make in (full_image, lambda image, s: random_crop(image, s, seed=0)):
-        # The crop is drawn in the pixels of the picture, so its border may move by one of them.
-        difference = make(full, 224).float() - make(draft, 224).float()
-        assert difference.abs().mean() < 2.0
+    for first, last in [(0, 1), (0, 0.9), (0.05, 0.95), (0.1, 1)]:  # the whole, the smallest crops
+        box = [round(n * part) for part in (first, last) for n in draft.size]
+        small = full_image(draft.crop(box), 224)
+        large = full_image(full.crop([n * scale for n in box]), 224)
+        assert (small.float() - large.float()).abs().mean() < 1.2
     assert open_image(data, min_side=1000).size == full.size
     assert open_image(encoded(full), min_side=224).size == full.size
 
