@@ -362,12 +362,17 @@ def test_too_many_pixels_are_refused_before_decoding(monkeypatch, picture):
 
 def test_an_icon_cannot_hide_its_size():
     """The directory of an icon tells another size than the picture in it."""
-    big = encoded(Image.new("1", (400, 300)))
-    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(big), 22)
-    icon = struct.pack("<HHH", 0, 1, 1) + entry + big
-    assert open_image(icon).size == (400, 300)
+
+    def icon(width: int, height: int) -> bytes:
+        inside = encoded(Image.new("1", (width, height)))
+        entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22)
+        return struct.pack("<HHH", 0, 1, 1) + entry + inside
+
+    assert open_image(icon(400, 300)).size == (400, 300)
     with pytest.raises(iq.BadImage, match="400 x 300 pixels are over 1000"):
-        open_image(icon, ImageAccess(max_pixels=1000))
+        open_image(icon(400, 300), ImageAccess(max_pixels=1000))
+    with pytest.raises(iq.BadImage, match="DecompressionBomb"):  # not decoded even once
+        open_image(icon(10_000, 9_000))
 
 
 def test_compressed_metadata_is_no_bomb():
