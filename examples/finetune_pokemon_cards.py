@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from peft import LoraConfig
 
 import idefics_qlora as iq
 from idefics_qlora.examples import QUESTION, pokemon_card_example
+from idefics_qlora.images import ImageAccess, open_image, prefetch_images
 
 
 def main(arguments: list[str] | None = None) -> iq.TrainResult:
@@ -46,8 +49,14 @@ def main(arguments: list[str] | None = None) -> iq.TrainResult:
     train_rows, eval_rows = rows["train"], rows["test"]
     print(f"{len(train_rows)} cards to learn from, {len(eval_rows)} held out")
 
+    access = ImageAccess(allow_private_hosts=options.allow_private_hosts)
+    to_example = partial(card_example, access=access)
+    if options.prefetch:
+        for part in (train_rows, eval_rows):
+            print(prefetch_images(part, access=access))
+
     def caption() -> str:
-        image = pokemon_card_example(eval_rows[0]).prompt[0]
+        image = to_example(eval_rows[0]).prompt[0]
         prompt = [image, options.question]
         return iq.generate(model, processor, [prompt], max_new_tokens=options.max_new_tokens)[0]
 
@@ -77,7 +86,7 @@ def main(arguments: list[str] | None = None) -> iq.TrainResult:
             seed=options.seed,
             num_workers=options.num_workers,
         ),
-        to_example=pokemon_card_example,
+        to_example=to_example,
         on_log=lambda record: print({name: round(value, 6) for name, value in record.items()}),
     )
     if result.stopped_by:
@@ -86,6 +95,14 @@ def main(arguments: list[str] | None = None) -> iq.TrainResult:
     print(f"after:  {caption().strip()}")
     print(f"{result.global_step} steps; the best adapter is in {result.best_checkpoint}")
     return result
+
+
+def card_example(row: Mapping[str, Any], access: ImageAccess) -> iq.Example:
+    """The tutorial's example, its picture opened as ``access`` allows."""
+    source = row.get("image") or row.get("image_url")
+    return pokemon_card_example(
+        {**row, "image": open_image(source, access)} if source is not None else row
+    )
 
 
 def read(source: str, split: str) -> Dataset:
@@ -131,6 +148,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     flag("loss-on", "completion", "tokens to learn", choices=["completion", "all"])
     flag("max-new-tokens", 50, "length of the captions printed before and after")
     flag("seed", 42, "seed of split, adapters, order, crops and dropout")
+    flag("allow-private-hosts", False, "open URLs of your own network", action="store_true")
+    flag("prefetch", False, "download all pictures before training", action="store_true")
     flag("num-workers", 2, "processes that fetch and prepare pictures")
     return parser.parse_args(arguments)
 

@@ -5,74 +5,99 @@ Shapes: H, W pixels; S the side in pixels of the square that the vision tower se
 
 from __future__ import annotations
 
-import io
+import logging
 import os
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from urllib.parse import urlsplit
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
 
-MAX_PIXELS = 64_000_000
-"""Pictures with more pixels are refused before they are decoded."""
+from idefics_qlora.access import (
+    DEFAULT_ACCESS,
+    BadImage,
+    ImageAccess,
+    find_file,
+    is_url,
+    read_file,
+)
+from idefics_qlora.decode import decode
 
-MAX_BYTES = 64 * 2**20
-"""Downloads larger than this many bytes are refused."""
+if TYPE_CHECKING:
+    from idefics_qlora.fetch import Downloader
 
-TIMEOUT_S = 20.0
-"""Seconds without an answer after which a download is given up."""
+__all__ = [
+    "BadImage",
+    "FailedImage",
+    "ImageAccess",
+    "PrefetchResult",
+    "full_image",
+    "open_image",
+    "prefetch_images",
+    "random_crop",
+]
 
 CROP_SCALE = (0.9, 1.0)
 """Share of a training picture's area that a random crop keeps (the tutorial's values)."""
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes | Mapping[str, Any] | Image.Image"
 
-
-class BadImage(ValueError):
-    """A picture that cannot be had from its source; the message names the source and the reason."""
-
-    def __init__(self, source: str, reason: str) -> None:
-        super().__init__(f"cannot open the image {source}: {reason}")
-        self.source = source
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
-        return BadImage, (self.source, self.reason)  # so that it crosses from a loader worker
+logger = logging.getLogger(__name__)
 
 
-def open_image(source: Source) -> Image.Image:
+def open_image(
+    source: Source, access: ImageAccess = DEFAULT_ACCESS, *, min_side: int | None = None
+) -> Image.Image:
     """Open a picture and return it as RGB.
 
     Args:
         source: A file path, an http(s) URL, the bytes of an encoded picture, a mapping with
             ``bytes`` or ``path`` (as ``datasets`` stores pictures), or a PIL image. A string that
-            starts with ``http://`` or ``https://`` is a URL; every other string is a path.
+            starts with ``http://`` or ``https://`` is a URL; every other string is a path, and a
+            path object is always one.
+        access: What may be opened, the limits, and where downloads are kept.
+        min_side: Side in pixels of the square the picture is for. A large JPEG is then decoded at
+            1/2, 1/4 or 1/8 of its size, which is faster, but stays large enough that a random crop
+            of it is scaled down by 2 or more. The same seed then gives another crop, because crops
+            are drawn in whole pixels. ``None``: decoded in full.
 
     Returns:
-        The decoded RGB image. Transparency is composited on white, the EXIF orientation is
-        applied, and of an animation the first frame is taken.
+        The decoded RGB image. Transparency is composited on white, 16-bit and floating-point values
+        are scaled to 8 bit, the EXIF orientation is applied, and of an animation the first frame is
+        taken. What a URL gives is kept on disk, and not downloaded again.
 
     Raises:
-        BadImage: If there is no such picture, or it cannot be decoded, or it is too large.
+        BadImage: If there is no such picture, or it may not be opened, or it cannot be decoded, or
+            it is too large. Nothing else is raised, whatever the source is.
     """
     name = _describe(source)
     try:
         if isinstance(source, Image.Image):
-            return _to_rgb(source)
-        with Image.open(_opened(source)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(name, f"{image.width} x {image.height} pixels are over {MAX_PIXELS}")
-            return _to_rgb(image)
+            return decode(source, name, access, min_side)
+        if isinstance(source, Mapping):
+            source = _from_mapping(source)
+        if isinstance(source, (bytes, bytearray)):
+            return decode(source, name, access, min_side)
+        if isinstance(source, str) and is_url(source):
+            return _open_url(source, name, access, min_side)
+        if isinstance(source, (str, os.PathLike)):
+            return decode(read_file(source, access), name, access, min_side)
+        raise BadImage(
+            name,
+            f"{type(source).__name__} is no image; "
+            "expected a path, URL, bytes, a mapping or PIL image",
+        )
     except BadImage:
         raise
-    except FileNotFoundError:
-        raise BadImage(name, "there is no such file") from None
     # Pillow's decoders raise nearly anything on a broken file (OSError, SyntaxError, struct.error,
     # ZeroDivisionError, ...), so every exception here means the same: a bad picture.
     except Exception as error:
@@ -117,54 +142,205 @@ def random_crop(image: Image.Image, side: int, seed: int) -> Tensor:
     return F.resized_crop(pixels, *box, [side, side], F.InterpolationMode.BICUBIC)
 
 
+class FailedImage(NamedTuple):
+    """A row whose picture cannot be had."""
+
+    row: int
+    """Index of the row."""
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PrefetchResult:
+    """What :func:`prefetch_images` did; counts distinct pictures, but every row that failed."""
+
+    num_downloaded: int
+    num_already_there: int
+    """In the cache before, or a local file."""
+    failed: list[FailedImage]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.num_downloaded} pictures downloaded, {self.num_already_there} already there, "
+            f"{len(self.failed)} rows failed"
+        ]
+        lines += [f"  row {row}: {source}: {reason}" for row, source, reason in self.failed[:10]]
+        if len(self.failed) > 10:
+            lines.append(f"  ... and {len(self.failed) - 10} rows more")
+        return "\n".join(lines)
+
+
+def prefetch_images(
+    rows: Sequence[Mapping[str, Any]],
+    column: str = "image_url",
+    access: ImageAccess = DEFAULT_ACCESS,
+    *,
+    num_threads: int = 16,
+    max_per_host: int = 6,
+) -> PrefetchResult:
+    """Download the rows' pictures ahead, so that training reads them from the disk.
+
+    A picture is kept once it has been decoded without an error. Failures are reported, logged, and
+    not remembered: call it again to try only those again.
+
+    Args:
+        rows: A ``datasets.Dataset``, or any sequence of mappings.
+        column: Holds the URLs. Paths in it are looked up, everything else is passed over.
+        access: As for :func:`open_image`; training must use the same ``cache_dir``.
+        num_threads: Downloads at the same time.
+        max_per_host: Of these, downloads from the same host.
+
+    Returns:
+        How many pictures were downloaded, and which rows failed and why.
+
+    Raises:
+        ValueError: If the rows have no such column, or one of the numbers is less than 1.
+    """
+    for name, number in {"num_threads": num_threads, "max_per_host": max_per_host}.items():
+        if number < 1:
+            raise ValueError(f"{name}={number!r}: expected 1 or more")
+    wanted: dict[str | Path, list[int]] = {}  # each distinct source, and the rows that want it
+    for index, source in enumerate(_column(rows, column)):
+        if source is None or isinstance(source, (str, Path)):
+            wanted.setdefault(source or "", []).append(index)
+    from idefics_qlora.fetch import Cache  # late: it loads the HTTP client
+
+    cache = Cache(access)
+    failed: dict[str | Path, str] = {}
+    kept: list[str] = []
+    missing: defaultdict[str, deque[str]] = defaultdict(deque)  # URLs by host
+    num_local = 0
+    for source in wanted:
+        try:
+            if source == "":
+                raise BadImage("''", "the row has no picture")
+            if isinstance(source, Path) or not is_url(source):
+                find_file(source, access)
+                num_local += 1
+            elif cache.touch(source):
+                kept.append(source)
+            else:
+                missing[urlsplit(source.strip()).netloc.lower()].append(source)
+        except ValueError as error:  # a BadImage, or a URL that cannot be taken apart
+            failed[source] = getattr(error, "reason", str(error))
+
+    num_already_there = num_local + len(kept)
+    num_downloaded = 0
+    for url, problem in _download_all(missing, access, num_threads, max_per_host):
+        if problem is not None:
+            failed[url] = problem.reason
+        else:
+            num_downloaded += 1
+            kept.append(url)
+    for url in kept:
+        if not cache.path(url).is_file():
+            failed[url] = (
+                f"it did not stay in {cache.folder}: the cache cannot be written, or "
+                f"max_cache_bytes={access.max_cache_bytes} is less than these pictures need"
+            )
+    rows_failed = sorted(
+        FailedImage(row, f"{str(source)!r:.500}", reason)
+        for source, reason in failed.items()
+        for row in wanted[source]
+    )
+    result = PrefetchResult(num_downloaded, num_already_there, rows_failed)
+    logger.log(logging.WARNING if failed else logging.INFO, "%s", result)
+    return result
+
+
+def _column(rows: Any, column: str) -> Any:
+    names = getattr(rows, "column_names", None)  # a Dataset decodes other columns row by row
+    if names is None:
+        names = sorted(rows[0]) if len(rows) else [column]
+    if column not in names:
+        raise ValueError(f"column={column!r}: the rows have {names}; name the one with the URLs")
+    return rows[column] if hasattr(rows, "column_names") else [row.get(column) for row in rows]
+
+
+def _download_all(
+    urls: dict[str, deque[str]], access: ImageAccess, num_threads: int, max_per_host: int
+) -> Iterator[tuple[str, BadImage | None]]:
+    """Download, check and keep every URL; yields each with what was wrong with it."""
+    from idefics_qlora.fetch import Downloader
+
+    with (
+        Downloader(access) as downloader,
+        tqdm(total=sum(map(len, urls.values())), unit="picture", disable=None) as progress,
+    ):
+        executor = ThreadPoolExecutor(num_threads)
+        running: dict[Future[BadImage | None], tuple[str, str]] = {}
+        per_host: Counter[str] = Counter()
+        num_failed = 0
+        try:
+            while urls or running:
+                # Only what may start now is handed to the threads: none waits for a slow host.
+                for host in list(urls):
+                    while (
+                        urls[host] and per_host[host] < max_per_host and len(running) < num_threads
+                    ):
+                        url = urls[host].popleft()
+                        running[executor.submit(_keep, url, access, downloader)] = (host, url)
+                        per_host[host] += 1
+                    if not urls[host]:
+                        del urls[host]
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    host, url = running.pop(future)
+                    per_host[host] -= 1
+                    error = future.result()
+                    num_failed += error is not None
+                    progress.set_postfix(failed=num_failed, refresh=False)
+                    progress.update()
+                    yield url, error
+        finally:
+            executor.shutdown(wait=not running, cancel_futures=True)
+
+
+def _keep(url: str, access: ImageAccess, downloader: Downloader) -> BadImage | None:
+    from idefics_qlora.fetch import Cache
+
+    name = f"{url!r:.500}"
+    try:
+        data = downloader.download(url)
+        decode(data, name, access, min_side=1)  # read to its end, though decoded small
+        Cache(access).put(url, data)
+    except BadImage as error:
+        return error
+    except Exception as error:
+        return BadImage(name, f"{type(error).__name__}: {error}")
+    return None
+
+
+def _open_url(url: str, name: str, access: ImageAccess, min_side: int | None) -> Image.Image:
+    from idefics_qlora.fetch import Cache, Downloader  # late: it loads the HTTP client
+
+    cache = Cache(access)
+    data = cache.get(url)
+    if data is not None:
+        return decode(data, name, access, min_side)
+    with Downloader(access) as downloader:
+        data = downloader.download(url)
+    image = decode(data, name, access, min_side)
+    cache.put(url, data)  # only now: what cannot be decoded is not kept
+    return image
+
+
 def _describe(source: Source) -> str:
     if isinstance(source, Image.Image):
         return f"<PIL image, mode {source.mode}, {source.width} x {source.height}>"
     if isinstance(source, (bytes, bytearray)):
         return f"<{len(source)} bytes>"
     if isinstance(source, Mapping):
-        return repr(source["path"]) if source.get("path") else "<a mapping with bytes>"
-    return repr(str(source))
-
-
-def _opened(source: Source) -> io.BytesIO | Path:
-    if isinstance(source, Mapping):
-        if source.get("bytes") is not None:
-            source = source["bytes"]
-        elif source.get("path"):
-            source = source["path"]
-        else:
-            raise BadImage(repr(dict(source)), "expected a mapping with `bytes` or `path`")
-    if isinstance(source, (bytes, bytearray)):
-        return io.BytesIO(source)
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        return io.BytesIO(_download(source))
+        if source.get("path"):
+            return f"{source['path']!r:.500}"
+        return "<a mapping with bytes>" if source.get("bytes") else f"{dict(source)!r:.80}"
     if isinstance(source, (str, os.PathLike)):
-        return Path(source)
-    raise BadImage(
-        repr(source)[:80],
-        f"{type(source).__name__} is no image; expected a path, URL, bytes, a mapping or PIL image",
-    )
+        return f"{str(source)!r:.500}"
+    return f"{source!r:.80}"
 
 
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "idefics_qlora"})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            data: bytes = response.read(MAX_BYTES + 1)
-    except urllib.error.HTTPError as error:
-        raise BadImage(repr(url), f"the server answered {error.code} {error.reason}") from error
-    except OSError as error:
-        raise BadImage(repr(url), f"no answer: {error}") from error
-    if len(data) > MAX_BYTES:
-        raise BadImage(repr(url), f"more than {MAX_BYTES} bytes")
-    return data
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+def _from_mapping(source: Mapping[str, Any]) -> Any:
+    for key in ("bytes", "path"):
+        if source.get(key) is not None:
+            return source[key]
+    raise BadImage(f"{dict(source)!r:.80}", "expected a mapping with `bytes` or `path`")

@@ -12,6 +12,7 @@ import copy
 import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,14 @@ def global_state() -> tuple:
     environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
     switches = (torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype())
     return environment, switches
+
+
+@pytest.fixture(autouse=True)
+def own_cache(nothing_leaks: None, tmp_path: Path) -> Iterator[None]:
+    """Downloaded pictures are kept in the test's own folder, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IDEFICS_QLORA_CACHE", str(tmp_path / "cache"))
+        yield
 
 
 @pytest.fixture
