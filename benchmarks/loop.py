@@ -28,7 +28,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 import idefics_qlora as iq
-from idefics_qlora.batches import Collator, RowReader, Windows
+from idefics_qlora.batches import Collator
 from idefics_qlora.examples import pokemon_card_example
 from idefics_qlora.loss import summed_cross_entropy
 from idefics_qlora.model import (
@@ -39,6 +39,7 @@ from idefics_qlora.model import (
 )
 from idefics_qlora.optim import make_optimizer
 from idefics_qlora.state import library_versions
+from idefics_qlora.windows import RowReader, Windows
 
 
 def ours(model: Any, processor: Any, rows: list[Any], config: iq.TrainConfig) -> float:

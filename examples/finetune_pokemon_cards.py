@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from peft import LoraConfig
 
 import idefics_qlora as iq
 from idefics_qlora.examples import QUESTION, pokemon_card_example
-from idefics_qlora.images import ImageAccess, open_image, prefetch_images
+from idefics_qlora.images import ImageAccess, prefetch_images
 
 
 def main(arguments: list[str] | None = None) -> iq.TrainResult:
@@ -50,14 +49,13 @@ def main(arguments: list[str] | None = None) -> iq.TrainResult:
     print(f"{len(train_rows)} cards to learn from, {len(eval_rows)} held out")
 
     access = ImageAccess(allow_private_hosts=options.allow_private_hosts)
-    to_example = partial(card_example, access=access)
+    to_example = partial(pokemon_card_example, question=options.question, access=access)
     if options.prefetch:
         for part in (train_rows, eval_rows):
             print(prefetch_images(part, access=access))
 
     def caption() -> str:
-        image = to_example(eval_rows[0]).prompt[0]
-        prompt = [image, options.question]
+        prompt = to_example(eval_rows[0]).prompt
         return iq.generate(model, processor, [prompt], max_new_tokens=options.max_new_tokens)[0]
 
     print(f"card:   {eval_rows[0]['name']}. {eval_rows[0]['caption']}")
@@ -95,14 +93,6 @@ def main(arguments: list[str] | None = None) -> iq.TrainResult:
     print(f"after:  {caption().strip()}")
     print(f"{result.global_step} steps; the best adapter is in {result.best_checkpoint}")
     return result
-
-
-def card_example(row: Mapping[str, Any], access: ImageAccess) -> iq.Example:
-    """The tutorial's example, its picture opened as ``access`` allows."""
-    source = row.get("image") or row.get("image_url")
-    return pokemon_card_example(
-        {**row, "image": open_image(source, access)} if source is not None else row
-    )
 
 
 def read(source: str, split: str) -> Dataset:

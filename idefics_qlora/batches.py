@@ -1,36 +1,25 @@
-"""Windows and batches: which rows an optimizer step sees, and as which tensors.
+"""Batches: examples as the tensors that the model takes.
 
 Shapes: B examples, T tokens, N images per example, S the side in pixels of the model's square.
-
-A window is the unit of training: the ``global_batch_size`` examples of one optimizer step. Item
-``w`` of :class:`Windows` is a pure function of ``(rows, seed, w)``; the number of worker processes,
-the micro-batch size or a restart do not change it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from itertools import groupby, pairwise, takewhile
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from idefics_qlora.config import LossOn
 from idefics_qlora.examples import (
     Example,
     PromptItem,
-    ToExample,
     Turn,
-    as_example,
     is_text,
-    naming_row,
     prompt_images,
 )
 from idefics_qlora.images import full_image, open_image, random_crop
@@ -42,13 +31,6 @@ IMAGE_TOKEN = "<image>"
 AROUND_IMAGE = "<fake_token_around_image>"
 END_OF_UTTERANCE = "<end_of_utterance>"
 """Ends each turn of a dialogue; only the -instruct checkpoints have it."""
-
-
-class Rows(Protocol):
-    """Anything with a length and rows by number: a list, a ``datasets.Dataset``, ..."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -109,43 +91,6 @@ class Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self)})
-
-
-@dataclass(frozen=True)
-class Window:
-    """What one optimizer step sees: all examples of a window, the longest first."""
-
-    batch: Batch
-    rows: tuple[int, ...]
-    """Row number of each example, in the order of the window."""
-    lengths: tuple[int, ...]
-    """Text tokens of each example of ``batch``."""
-    images: tuple[int, ...]
-    """Images of each example of ``batch``."""
-    num_targets: int
-    """Target tokens of the whole window: what its loss is divided by."""
-
-    def micro_batches(self, size: int) -> list[Batch]:
-        """The window in parts of ``size`` examples, each cut to its own longest example.
-
-        Neighbours have similar lengths, so little is padding. The parts share the window's memory.
-        """
-        return [
-            self.batch.part(
-                slice(start, start + size),
-                num_tokens=self.lengths[start],
-                num_images=max(1, *self.images[start : start + size]),
-            )
-            for start in range(0, len(self.rows), size)
-        ]
-
-    def to(self, device: torch.device) -> Window:
-        """The window on ``device``; from pinned memory the copies do not wait."""
-        return replace(self, batch=self.batch.to(device))
-
-    def pin_memory(self) -> Window:
-        """The window in page-locked memory (a ``DataLoader`` calls this)."""
-        return replace(self, batch=self.batch.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -460,141 +405,3 @@ class Collator:
         tokens = self.tokens(examples)
         pairs = zip(examples, tokens, strict=True)
         return self.collate(tokens, [self.pixels(e.prompt, tokens=t) for e, t in pairs])
-
-
-class RowReader:
-    """Rows as tokens and pixels; every error names the row.
-
-    Args:
-        rows: Training or evaluation rows.
-        name: What to call them in errors, such as ``train_rows``.
-        to_example: The user's conversion of a row, or ``None``.
-        collator: Tokenises and prepares images.
-    """
-
-    def __init__(
-        self, rows: Rows, name: str, to_example: ToExample | None, collator: Collator
-    ) -> None:
-        if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-            raise TypeError(
-                f"{name} is a {type(rows).__name__}: expected a sequence of rows with a length, "
-                "such as a list or a datasets.Dataset"
-            )
-        if len(rows) == 0:
-            raise ValueError(f"{name} is empty: there is no row to learn or to evaluate")
-        self.rows = rows
-        self.name = name
-        self.to_example = to_example
-        self.collator = collator
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: int, crop_seed: int | None = None) -> tuple[Tokens, list[Tensor]]:
-        """Tokens and pixels of one row.
-
-        Raises:
-            ValueError: If the row is no valid example (``BadImage`` if an image is the reason).
-        """
-        with naming_row(f"{self.name}[{index}]"):
-            example = as_example(self.rows[index], self.to_example)
-            (tokens,) = self.collator.tokens([example])
-            return tokens, self.collator.pixels(example.prompt, crop_seed, tokens)
-
-    def check(self, indices: Iterable[int]) -> str:
-        """Read these rows once, so that a bad one is reported before any training starts.
-
-        Returns:
-            The rows' fingerprint: their number, and a hash of what was read.
-        """
-        digest = hashlib.sha256()
-        for index in indices:
-            tokens, pixels = self.read(index)
-            digest.update(repr((index, tokens)).encode())
-            for image in pixels:
-                digest.update(image.numpy().tobytes())
-        return f"{len(self)} rows, {digest.hexdigest()[:16]}"
-
-
-class Windows(Dataset[Window]):
-    """All windows of a run, by number.
-
-    Rows are drawn epoch after epoch, each in a permutation of its own, without a break between
-    epochs: a window at the border holds the last rows of one and the first of the next.
-
-    Args:
-        reader: The training rows.
-        seed: Seed of the run.
-        global_batch_size: Examples per window.
-        augment: Whether images are cropped at random.
-    """
-
-    def __init__(
-        self,
-        reader: RowReader,
-        *,
-        seed: int,
-        global_batch_size: int,
-        augment: bool,
-    ) -> None:
-        self.reader = reader
-        self.seed = seed
-        self.global_batch_size = global_batch_size
-        self.augment = augment
-
-    def positions(self, window: int) -> list[tuple[int, int]]:
-        """(epoch, row) of each example of a window, in order."""
-        first = window * self.global_batch_size
-        n = len(self.reader)
-        return [
-            (i // n, int(epoch_order(self.seed, i // n, n)[i % n]))
-            for i in range(first, first + self.global_batch_size)
-        ]
-
-    def first_rows(self, number: int) -> list[int]:
-        """The first rows of the run in the order of their use, at most ``number`` of them."""
-        return [int(row) for row in epoch_order(self.seed, 0, len(self.reader))[:number]]
-
-    def __getitem__(self, window: int) -> Window:
-        positions = self.positions(window)
-        read = [
-            self.reader.read(row, self._crop_seed(epoch, row) if self.augment else None)
-            for epoch, row in positions
-        ]
-        read.sort(key=lambda item: len(item[0].ids), reverse=True)  # stable
-        tokens, pixels = zip(*read, strict=True)
-        batch = self.reader.collator.collate(tokens, pixels)
-        return Window(
-            batch=batch,
-            rows=tuple(row for _, row in positions),
-            lengths=tuple(len(row.ids) for row in tokens),
-            images=tuple(len(row) for row in pixels),
-            num_targets=batch.num_targets,
-        )
-
-    def _crop_seed(self, epoch: int, row: int) -> int:
-        return int(np.random.SeedSequence((self.seed, epoch, row)).generate_state(1)[0])
-
-
-@lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """The order of the rows in one epoch: a permutation that depends on the arguments alone."""
-    return np.random.default_rng((seed, epoch)).permutation(num_rows)
-
-
-class EvalBatches(Dataset[Batch]):
-    """The rows in order, ``batch_size`` at a time, images as the checkpoint preprocesses them."""
-
-    def __init__(self, reader: RowReader, batch_size: int) -> None:
-        self.reader = reader
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.reader) // self.batch_size)
-
-    def __getitem__(self, index: int) -> Batch:
-        first = index * self.batch_size
-        last = min(first + self.batch_size, len(self.reader))
-        read = [self.reader.read(row) for row in range(first, last)]
-        tokens, pixels = zip(*read, strict=True)
-        return self.reader.collator.collate(tokens, pixels)

@@ -194,23 +194,24 @@ def latest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def rotate(output_dir: Path, keep: int | None, best: Path | None, background: Executor) -> None:
+def rotate(
+    output_dir: Path, keep: int | None, protected: set[Path | None], background: Executor
+) -> None:
     """Delete the oldest checkpoints of this library until ``keep`` are left.
 
-    The newest and the best are never deleted, and neither is a folder without a manifest of ours. A
+    A folder without a manifest of ours is never touched. A
     checkpoint loses its name at once and its files in the background; a deletion that fails is
     reported, and the files stay until the next start.
 
     Args:
         output_dir: The run's folder.
         keep: Checkpoints to keep; ``None`` for all.
-        best: The best checkpoint so far.
+        protected: Checkpoints that stay in any case: the one just written, and the best.
         background: Runs the deletions.
     """
     if keep is None:
         return
     ours = [folder for folder in checkpoints(output_dir) if (folder / MANIFEST).is_file()]
-    protected = {ours[-1], best} if ours else set()
     surplus = len(ours) - keep
     for folder in [folder for folder in ours if folder not in protected][: max(0, surplus)]:
         hidden = folder.with_name(f".{folder.name}.deleted")

@@ -18,6 +18,7 @@ Optim = Literal["paged_adamw_8bit", "adamw_torch"]
 Scheduler = Literal["linear", "cosine", "constant"]
 LossOn = Literal["completion", "all"]
 OnSaveError = Literal["raise", "continue"]
+OnBadRow = Literal["skip", "raise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,10 @@ class TrainConfig:
     """Crop training images randomly (90-100 % of the area). ``False``: the checkpoint's own
     preprocessing, as in evaluation."""
 
+    on_bad_row: OnBadRow = "skip"
+    """When a row cannot be read: leave it out of its window, note it in ``bad_rows.jsonl`` and go
+    on (until more than 5 % of the rows seen are bad), or ``raise``."""
+
     on_save_error: OnSaveError = "raise"
     """When a checkpoint cannot be written (a full disk): stop, or ``continue`` training and try
     again at the next ``save_steps``. The last save must work in either case."""
@@ -152,6 +157,7 @@ class TrainConfig:
             "lr_scheduler_type": Scheduler,
             "loss_on": LossOn,
             "on_save_error": OnSaveError,
+            "on_bad_row": OnBadRow,
         }
         problems = [
             f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choice))}"

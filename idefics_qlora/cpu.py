@@ -26,8 +26,8 @@ def prepare_for_cpu(model: Any) -> None:
     after which the next training forward raises, or silently gives no gradient: switched off.
 
     PyTorch's fp16 matrix product is about eight times slower than its fp32 one on most CPUs. Under
-    fp16 autocast the linear layers therefore multiply in fp32 and round the result to fp16, as a
-    GPU's tensor cores do.
+    fp16 autocast the linear layers therefore round their operands to fp16, multiply in fp32 and
+    round the result to fp16, as a GPU's tensor cores do; so do their gradients.
     """
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -42,10 +42,11 @@ def _forward(self: Any, x: Tensor) -> Tensor:
         result: Tensor = type(self).forward(self, x)
         return result
     with torch.autocast("cpu", enabled=False):
-        bias = None if self.bias is None else self.bias.float()
+        x = x.half().float()
+        bias = None if self.bias is None else self.bias.half().float()
         if isinstance(self, bnb.nn.Linear4bit):
             quant_state = self.weight.quant_state
-            result = bnb.matmul_4bit(x.float(), self.weight, quant_state=quant_state, bias=bias)
+            result = bnb.matmul_4bit(x, self.weight, quant_state=quant_state, bias=bias)
         else:
-            result = nn.functional.linear(x.float(), self.weight.float(), bias)
+            result = nn.functional.linear(x, self.weight.half().float(), bias)
         return result.half()

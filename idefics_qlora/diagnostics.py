@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from idefics_qlora.batches import IGNORE, Collator, RowReader, Rows, Windows
+from idefics_qlora.batches import IGNORE, Collator
 from idefics_qlora.config import LossOn
 from idefics_qlora.examples import ToExample
+from idefics_qlora.windows import RowReader, Rows, crop_seed
 
 
 class SeenToken(NamedTuple):
@@ -131,9 +132,7 @@ def preview_batch(
     shown = list(range(min(2, len(reader))) if indices is None else indices)
     if not shown or not all(0 <= i < len(reader) for i in shown):
         raise ValueError(f"indices={shown}: expected row numbers, from 0 to {len(reader) - 1}")
-    # A window of its own for each row: its crops depend on the seed, the epoch and the row alone.
-    windows = Windows(reader, seed=seed, global_batch_size=1, augment=augment)
-    read = [reader.read(i, windows._crop_seed(0, i) if augment else None) for i in shown]
+    read = [reader.read(i, crop_seed(seed, 0, i) if augment else None) for i in shown]
     tokens, pixels = zip(*read, strict=True)
     batch = collator.collate(tokens, pixels)
 

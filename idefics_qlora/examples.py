@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from PIL import Image
 
-from idefics_qlora.images import BadImage, Source, open_image
+from idefics_qlora.access import DEFAULT_ACCESS, BadImage, ImageAccess
+from idefics_qlora.images import Source, open_image
 
 Role = Literal["system", "user", "assistant"]
 
@@ -332,8 +333,11 @@ def naming_row(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: column {error} is missing") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-    # A `datasets.Image` column decodes when the row is asked for; Pillow raises these two.
-    except (OSError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    # A `datasets.Image` column decodes when the row is asked for, where Pillow raises nearly
+    # anything; and a user's `to_example` may stumble over a row in any way.
+    except Exception as error:
         raise ValueError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -344,10 +348,10 @@ QUESTION = "Question: What's on the picture? Answer:"
 """The tutorial's prompt text."""
 
 
-def _picture(value: Any, name: str) -> Image.Image:
+def _picture(value: Any, name: str, access: ImageAccess = DEFAULT_ACCESS) -> Image.Image:
     """Open a value of an image column; a string is a URL or a path, as ``open_image`` says."""
     with naming_row(name):
-        return open_image(value)
+        return open_image(value, access)
 
 
 def _pictures(images: Sequence[Any]) -> list[Image.Image]:
@@ -376,15 +380,19 @@ def _image(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Any, str]:
     raise ValueError(f"the row has no picture: neither {names} has a value")
 
 
-def pokemon_card_example(row: Mapping[str, Any]) -> Example:
+def pokemon_card_example(
+    row: Mapping[str, Any], *, question: str = QUESTION, access: ImageAccess = DEFAULT_ACCESS
+) -> Example:
     """The tutorial's example from a row of the PokemonCards dataset (or one with its columns).
 
     Args:
         row: Has ``name``, ``caption`` and the picture as ``image``, or as ``image_path`` or
             ``image_url`` (each a URL or a file path).
+        question: The prompt's text, after the picture.
+        access: How pictures may be opened.
 
     Returns:
-        ``[image, "Question: What's on the picture? Answer:"]`` with the completion
+        ``[image, question]`` with the completion
         ``" This is {name}. {first sentence of caption}"``.
 
     Raises:
@@ -394,7 +402,7 @@ def pokemon_card_example(row: Mapping[str, Any]) -> Example:
         if not isinstance(row[column], str) or not row[column].strip():
             raise ValueError(f"{column}={row[column]!r}: expected text")
     text = f" This is {row['name']}. {first_sentence(row['caption'])}"
-    return Example([_picture(*_image(row, IMAGE_COLUMNS)), QUESTION], text)
+    return Example([_picture(*_image(row, IMAGE_COLUMNS), access), question], text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,6 +418,7 @@ class Captions:
         image: The picture's column. Its values are PIL images (as a ``datasets.Image`` column has
             them), bytes, mappings with ``bytes`` or ``path``, paths, or strings, which are URLs or
             paths. ``None``: the first of ``image``, ``image_path`` and ``image_url`` with a value.
+        access: How pictures may be opened.
 
     Raises:
         ValueError: If a template is none; and, when called, if a column is missing or has no value
@@ -419,6 +428,7 @@ class Captions:
     answer: str
     question: str = QUESTION
     image: str | None = None
+    access: ImageAccess = DEFAULT_ACCESS
 
     def __post_init__(self) -> None:
         for name in ("answer", "question"):
@@ -434,7 +444,7 @@ class Captions:
             )
         question = _fill("question", self.question, row)
         answer = _fill("answer", self.answer, row)
-        return Example([_picture(*_image(row, columns)), question], answer)
+        return Example([_picture(*_image(row, columns), self.access), question], answer)
 
 
 def _fields(name: str, template: str) -> list[tuple[str, str | None]]:

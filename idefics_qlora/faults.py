@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import signal
 import socket
 import threading
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
@@ -21,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from idefics_qlora.batches import Batch
+from idefics_qlora.config import OnBadRow
+from idefics_qlora.windows import BadRow
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +80,67 @@ def ignore_stop_signals() -> None:
     """
     for number in StopSignals.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+MAX_BAD_SHARE = 0.05
+"""Share of the rows seen that may be bad before a run stops."""
+
+
+class BadRows:
+    """What happens to rows that cannot be read: noted and left out, or raised.
+
+    Args:
+        policy: As in ``TrainConfig``.
+        ledger: File that gets a line of JSON (``row``, ``source``, ``reason``) for each bad row,
+            once, also over restarts; ``None``: no file.
+    """
+
+    def __init__(self, policy: OnBadRow, ledger: Path | None = None) -> None:
+        self.policy = policy
+        self.ledger = ledger
+        self.reasons: dict[str, str] = {}
+        if ledger is not None and ledger.exists():
+            # A killed process may have left half a line.
+            for line in ledger.read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError):
+                    record = json.loads(line)
+                    self.reasons[record["row"]] = f"{record['row']}: {record['reason']}"
+
+    def note(self, bad: Iterable[BadRow]) -> None:
+        """Raise, or note the rows that are new.
+
+        Raises:
+            ValueError: With the policy ``raise`` (``BadImage`` if a picture is the reason).
+        """
+        for row in bad:
+            if self.policy == "raise":
+                raise row.error()
+            if row.row in self.reasons:
+                continue
+            self.reasons[row.row] = str(row.error())
+            logger.warning("left out: %s", row.error())
+            if self.ledger is not None:
+                record = {"row": row.row, "source": row.source, "reason": row.reason}
+                try:
+                    with self.ledger.open("a") as file:
+                        file.write(f"{json.dumps(record)}\n")
+                except OSError as error:  # a full disk is for the next checkpoint to report
+                    logger.warning("%s cannot be written: %s", self.ledger, error)
+
+    def check_share(self, num_bad: int, num_seen: int) -> None:
+        """Stop when too many rows are bad to be an accident.
+
+        Raises:
+            ValueError: With the first reasons.
+        """
+        if num_bad <= MAX_BAD_SHARE * num_seen:
+            return
+        first = "\n".join(f"  - {reason}" for reason in islice(self.reasons.values(), 5))
+        where = "" if self.ledger is None else f"; all of them are in {self.ledger}"
+        raise ValueError(
+            f"{num_bad} of {num_seen} rows seen cannot be read, more than {MAX_BAD_SHARE:.0%}"
+            f"{where}. The first:\n{first}\nMend the rows, or the to_example function"
+        )
 
 
 class RunLock:

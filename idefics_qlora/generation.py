@@ -44,12 +44,13 @@ def generate(
     collator = Collator(processor, num_embeddings=num_embeddings(model))
     tokenizer = processor.tokenizer
     device = next(model.parameters()).device
+    image_ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, AROUND_IMAGE])
     options = {
         "do_sample": False,
         "eos_token_id": end_ids(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
-        "suppress_tokens": tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, AROUND_IMAGE]),
         **generate_options,
+        "suppress_tokens": [*(generate_options.get("suppress_tokens") or ()), *image_ids],
     }
     texts: list[str] = []
     for start in range(0, len(prompts), batch_size):

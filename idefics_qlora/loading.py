@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from idefics_qlora.faults import ignore_stop_signals
 
@@ -30,7 +30,7 @@ class Loading(Generic[T]):
     """Items of a dataset in order, from number ``first`` on, loaded ahead; a context manager.
 
     Args:
-        items: What to load. Without a length, the items have no end.
+        items: What to load; without a length, without end. A stream must begin at ``first`` itself.
         first: Number of the first item.
         num_workers: Processes; 0 loads in this one.
         pin: Whether the tensors shall be in page-locked memory, for a GPU.
@@ -48,18 +48,23 @@ class Loading(Generic[T]):
     ) -> None:
         self.number = first
         self.timeout_s = timeout_s
-        order: Iterable[int] = count(first)
-        if isinstance(items, Sized):
+        order: Iterable[int] | None = count(first)
+        if isinstance(items, IterableDataset):
+            order = None
+            num_workers = min(num_workers, 1)  # a stream has one reader
+        elif isinstance(items, Sized):
             order = range(first, len(items))
             num_workers = min(num_workers, len(items))
         self._loader = DataLoader(
             items,
             batch_size=None,
-            sampler=_Order(order),
+            sampler=None if order is None else _Order(order),
             num_workers=num_workers,
             pin_memory=pin,
             timeout=timeout_s or 0 if num_workers else 0,
             worker_init_fn=_start_worker,
+            # Rows and their conversion need not be picklable where processes can be forked.
+            multiprocessing_context="fork" if num_workers else None,
             # Without a generator of its own, each iterator would draw a seed from the global one,
             # and an evaluation or a restart would shift the dropout masks.
             generator=torch.Generator(),

@@ -104,7 +104,14 @@ def load_model(
             device_map={"": device},
             quantization_config=quantization if quantize else None,
         )
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        # transformers collects what goes wrong while quantising, memory included, and tells that
+        # something did.
+        collected = "automatic conversion of the weights" in str(error) and device.type == "cuda"
+        if not isinstance(error, torch.OutOfMemoryError) and not (
+            collected and torch.cuda.mem_get_info(device)[0] < 2**30
+        ):
+            raise
         free, total = torch.cuda.mem_get_info(device)
         advice = (
             "free it from other processes"
@@ -147,8 +154,13 @@ def add_lora(
             bias="none",
             target_modules=["q_proj", "k_proj", "v_proj"],
         )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "the model has adapters already: expected the base as load_model gives it; to go on "
+            "with an adapter, load_finetuned(..., trainable=True)"
+        )
     model.requires_grad_(False)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         return _attach(model, config)
 
@@ -290,9 +302,10 @@ def num_embeddings(model: Model) -> int:
 
 
 def compute_dtype(model: Model) -> torch.dtype:
-    """The dtype of the unquantised parts, in which the quantised layers compute as well."""
-    dtype: torch.dtype = model.get_input_embeddings().weight.dtype
-    return dtype
+    """The dtype of the unquantised frozen parts, in which the quantised layers compute as well."""
+    # Norms are never quantised; trainable copies (peft's modules_to_save) are fp32 in any case.
+    norms = (p for name, p in model.named_parameters() if p.dim() == 1 and not p.requires_grad)
+    return next(norms).dtype
 
 
 def set_compute_dtype(model: Model, dtype: torch.dtype) -> None:
@@ -382,6 +395,9 @@ def _attach(model: IdeficsForVisionText2Text, config: LoraConfig) -> PeftModel:
         # peft asks the model for a property that transformers has renamed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         peft_model = get_peft_model(model, config)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()  # biases and peft's modules_to_save as well
     if model.device.type == "cpu":
         prepare_for_cpu(peft_model)
     return peft_model
@@ -391,6 +407,10 @@ def _checked_source(checkpoint: str | os.PathLike[str]) -> str:
     name = os.fspath(checkpoint)
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
     folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds an adapter, not a base model: load both with load_finetuned"
+        )
     if not folder.exists():
         if isinstance(checkpoint, str) and is_hub_id:
             return name

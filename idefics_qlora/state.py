@@ -23,13 +23,14 @@ from idefics_qlora.model import (
     trainable_parameters,
 )
 from idefics_qlora.optim import load_optimizer_state, lr_at, optimizer_state
+from idefics_qlora.windows import Window, same_rows
 
 logger = logging.getLogger(__name__)
 
 _COUNTERS = (
     *("global_step", "window", "skipped_windows", "skips_in_a_row"),
     *("micro_batch_size", "growing"),
-    *("num_examples", "num_images", "num_tokens", "seconds"),
+    *("num_examples", "num_images", "num_tokens", "num_bad_rows", "position", "seconds"),
     *("loss_sum", "unlogged_steps", "best_metric", "log_history"),
 )
 """Fields of ``TrainState`` that a checkpoint's JSON holds as they are."""
@@ -37,7 +38,7 @@ _COUNTERS = (
 FREE_FIELDS = frozenset(
     {
         *("output_dir", "resume", "save_steps", "save_total_limit", "on_save_error"),
-        *("logging_steps", "eval_steps", "eval_batch_size", "load_best_model_at_end"),
+        *("on_bad_row", "logging_steps", "eval_steps", "eval_batch_size", "load_best_model_at_end"),
         *("micro_batch_size", "gradient_checkpointing", "num_workers", "loader_timeout_s"),
         *("max_steps", "num_train_epochs", "precision"),  # judged below
     }
@@ -73,6 +74,10 @@ class TrainState:
     """Images seen."""
     num_tokens: int = 0
     """Text tokens seen."""
+    num_bad_rows: int = 0
+    """Rows left out of windows, counted each time."""
+    position: dict[str, Any] | None = None
+    """Where a stream of rows is after the last window."""
     seconds: float = 0.0
     """Time spent training so far, in all processes of the run."""
     loss_sum: float = 0.0
@@ -87,10 +92,24 @@ class TrainState:
     window_rng: dict[str, Tensor] = field(default_factory=dict)
     """The random states before the last window."""
 
+    @property
+    def num_seen(self) -> int:
+        """Rows seen, the bad ones included."""
+        return self.num_examples + self.num_bad_rows
+
     def __post_init__(self) -> None:
         self.growing = self.config.micro_batch_size == "auto"
         if self.config.micro_batch_size != "auto":
             self.micro_batch_size = self.config.micro_batch_size
+
+    def advance(self, window: Window) -> None:
+        """Count a window that was used, skipped or found empty."""
+        self.window += 1
+        self.position = window.position
+        self.num_examples += len(window.rows)
+        self.num_images += sum(window.images)
+        self.num_tokens += sum(window.lengths)
+        self.num_bad_rows += len(window.bad)
 
     def snapshot(self, rng: dict[str, Tensor] | None = None) -> Snapshot:
         """All that :meth:`restore` needs to go on exactly here.
@@ -164,17 +183,18 @@ class TrainState:
         origin = snapshot.state
         if not same_base(origin["base"], self.origin["base"]):
             problems.append(f"base model: {origin['base']} there, {self.origin['base']} here")
-        if origin["train_rows"] != self.origin["train_rows"]:
-            problems.append(
-                f"train_rows: {origin['train_rows']} there, {self.origin['train_rows']} here"
-            )
+        if not same_rows(origin["train_rows"], self.origin["train_rows"]):
+            there, here = origin["train_rows"], self.origin["train_rows"]
+            what = f"{there['number']} rows there, {here['number']} here"
+            same_number = there["number"] == here["number"]
+            problems.append(f"train_rows: {'other content' if same_number else what}")
         if problems:
             raise ValueError(
                 f"{source} is of a run that computes something else:\n"
                 + "\n".join(f"  - {problem}" for problem in problems)
                 + "\nContinue with the old values, or start anew in another output_dir"
             )
-        if origin["eval_rows"] != self.origin["eval_rows"]:
+        if not same_rows(origin["eval_rows"], self.origin["eval_rows"]):
             logger.warning(
                 "eval_rows differ from those of %s: the evaluation losses before and after cannot "
                 "be compared, and the best checkpoint so far is forgotten",

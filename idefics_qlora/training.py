@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +23,9 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from idefics_qlora import model as models
-from idefics_qlora.batches import Batch, Collator, EvalBatches, RowReader, Rows, Window, Windows
+from idefics_qlora.batches import Collator
 from idefics_qlora.checkpoint import (
+    CheckpointError,
     checkpoints,
     clear_leftovers,
     latest_checkpoint,
@@ -33,14 +34,24 @@ from idefics_qlora.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from idefics_qlora.config import LossOn, TrainConfig
+from idefics_qlora.config import LossOn, OnBadRow, TrainConfig
 from idefics_qlora.examples import ToExample
-from idefics_qlora.faults import RunLock, StopSignals, first_nonfinite_module
+from idefics_qlora.faults import BadRows, RunLock, StopSignals, first_nonfinite_module
 from idefics_qlora.loading import LoaderError, Loading
 from idefics_qlora.loss import summed_cross_entropy
 from idefics_qlora.memory import estimate_memory
 from idefics_qlora.optim import lr_at, make_optimizer
 from idefics_qlora.state import TrainState, restore_rng, rng_tensors
+from idefics_qlora.windows import (
+    EvalBatches,
+    Fingerprint,
+    RowReader,
+    Rows,
+    StreamedWindows,
+    Window,
+    Windows,
+    epoch_order,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +71,8 @@ class TrainResult:
     metrics: dict[str, float]
     """``train_runtime`` (s), ``train_samples_per_second``, ``train_steps_per_second``,
     ``train_tokens_per_second`` (text tokens), ``train_loss``, ``epoch``, ``total_flos``,
-    ``skipped_windows``, ``micro_batch_size`` (at the end), all over the whole run, and
+    ``skipped_windows``, ``bad_rows`` (left out of windows, each time counted),
+    ``micro_batch_size`` (at the end), all over the whole run, and
     ``peak_memory_bytes`` (of the GPU, or of the process on a CPU)."""
     log_history: list[dict[str, Any]]
     """Every log record, in order."""
@@ -84,8 +96,8 @@ class StepOutput:
     """Whether the fp16 gradients overflowed, so that nothing was updated."""
 
 
-def train_step(state: TrainState, window: Window) -> StepOutput:
-    """One optimizer step over one window.
+def train_step(state: TrainState, window: Window) -> StepOutput | None:
+    """One optimizer step over one window; ``None`` if all its rows were bad.
 
     A window for which the GPU's memory does not suffice is done again with half the micro-batch.
 
@@ -94,6 +106,9 @@ def train_step(state: TrainState, window: Window) -> StepOutput:
             scale can be lowered; the weights are untouched.
         torch.OutOfMemoryError: If not even a single example fits.
     """
+    if window.batch is None:
+        state.advance(window)
+        return None
     learning_rate = lr_at(state.global_step, state.total_steps, state.config)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -124,10 +139,7 @@ def train_step(state: TrainState, window: Window) -> StepOutput:
     state.optimizer.zero_grad(set_to_none=True)
     skipped = state.scaler.get_scale() < scale
 
-    state.window += 1
-    state.num_examples += len(window.rows)
-    state.num_images += sum(window.images)
-    state.num_tokens += sum(window.lengths)
+    state.advance(window)
     if state.growing:
         state.micro_batch_size = min(2 * state.micro_batch_size, state.config.global_batch_size)
     if skipped:
@@ -228,22 +240,25 @@ def train(
     device = next(iter(trainable.values())).device
     collator = Collator(processor, config.loss_on, models.num_embeddings(model), config.max_length)
     reader = RowReader(train_rows, "train_rows", to_example, collator)
-    windows = Windows(
-        reader,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        augment=config.augment,
-    )
+    if reader.is_stream and config.max_steps is None:
+        raise ValueError("max_steps=None: a stream of rows has no length, so say how many steps")
+    total_steps = config.max_steps or config.total_steps(len(reader))
+    if config.warmup_steps > total_steps:
+        raise ValueError(
+            f"warmup_steps={config.warmup_steps} is more than the {total_steps} steps that "
+            f"num_train_epochs={config.num_train_epochs} comes to: the learning rate would never "
+            "reach its peak"
+        )
     origin = {
         "base": models.base_fingerprint(model),
-        "train_rows": reader.check(windows.first_rows(ROWS_CHECKED)),
+        "train_rows": _first_rows(reader, config),
         "eval_rows": None,
     }
     held_out = None
     if eval_rows is not None:
         eval_reader = RowReader(eval_rows, "eval_rows", to_example, collator)
-        origin["eval_rows"] = eval_reader.check(range(min(len(eval_reader), ROWS_CHECKED)))
         held_out = EvalBatches(eval_reader, config.eval_batch_size)
+        origin["eval_rows"] = _first_rows(eval_reader, config)
     output_dir = Path(config.output_dir)
     loading = partial(
         Loading,
@@ -266,7 +281,7 @@ def train(
             optimizer=make_optimizer(trainable.values(), config),
             scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
             config=config,
-            total_steps=config.total_steps(len(reader)),
+            total_steps=total_steps,
             device=device,
             origin=origin,
             unlogged_loss=torch.zeros((), dtype=torch.float64, device=device),
@@ -281,9 +296,12 @@ def train(
             torch.cuda.reset_peak_memory_stats(device)
         clock = _Clock(state)
 
+        bad_rows = BadRows(config.on_bad_row, output_dir / "bad_rows.jsonl")
+
         def log(record: dict[str, Any]) -> None:
-            epoch = state.num_examples / len(reader)
-            record = {**record, "epoch": round(epoch, 4), "step": state.global_step}
+            record |= {"epoch": round(_epoch(state, reader), 4), "step": state.global_step}
+            if state.num_bad_rows:
+                record["bad_rows"] = state.num_bad_rows
             state.log_history.append(record)
             if on_log is not None:
                 on_log(dict(record))
@@ -311,8 +329,19 @@ def train(
                 logger.error("%s; training goes on and tries again later", message)
             else:
                 saved_step = state.global_step
-                rotate(output_dir, config.save_total_limit, state.best_checkpoint, background)
+                protected = {folder, state.best_checkpoint}
+                rotate(output_dir, config.save_total_limit, protected, background)
 
+        options: dict[str, Any] = {
+            "seed": config.seed,
+            "global_batch_size": config.global_batch_size,
+            "augment": config.augment,
+        }
+        windows: Windows | StreamedWindows = (
+            StreamedWindows(reader, **options, position=state.position)
+            if reader.is_stream
+            else Windows(reader, **options)
+        )
         model.train()
         with (
             loading(windows, first=state.window) as stream,
@@ -324,13 +353,20 @@ def train(
                 try:
                     with clock.waiting():
                         window = next(stream)
-                    output = train_step(state, window)
-                except LoaderError:
+                    bad_rows.note(window.bad)
+                    seen = state.num_seen + len(window.rows) + len(window.bad)
+                    num_bad = state.num_bad_rows + len(window.bad)
+                    bad_rows.check_share(num_bad, max(seen, ROWS_CHECKED))
+                except (LoaderError, ValueError):
                     if saved_step != state.global_step:
                         save()
                     raise
+                try:
+                    output = train_step(state, window)
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{error}; {_dump(state, window)}") from error
+                if output is None:  # every row of the window was bad
+                    continue
                 if output.skipped:
                     _report_skip(state, window)
                     if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
@@ -348,7 +384,7 @@ def train(
                     progress.set_postfix(loss=f"{state.log_history[-1]['loss']:.3f}")
                 eval_loss = None
                 if held_out is not None and (last or due(state.global_step, config.eval_steps)):
-                    record = _evaluate(model, loading(held_out), device)
+                    record = _evaluate(model, loading(held_out), device, bad_rows)
                     log(record)
                     eval_loss = record["eval_loss"]
                 if last or due(state.global_step, config.save_steps):
@@ -357,11 +393,11 @@ def train(
                 save()
 
         clock.update(state)
-        metrics = _metrics(state, len(reader))
+        metrics = _metrics(state, _epoch(state, reader))
         best = state.best_checkpoint
         finished = state.global_step == state.total_steps
-        if finished and config.load_best_model_at_end and best is not None:
-            models.load_adapter(model, load_checkpoint(best).adapter, str(best))
+        if finished and config.load_best_model_at_end:
+            _load_best(model, best)
         model.eval()
         return TrainResult(
             global_step=state.global_step,
@@ -382,8 +418,9 @@ def evaluate(
     batch_size: int = 2,
     loss_on: LossOn = "completion",
     max_length: int | None = None,
+    on_bad_row: OnBadRow = "skip",
     num_workers: int = 0,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Loss of a model on held-out rows.
 
     The mode of every module (training or evaluation) is restored, and no random number is drawn,
@@ -397,17 +434,25 @@ def evaluate(
         batch_size: Examples in one forward pass.
         loss_on: Which text tokens are targets.
         max_length: Text tokens of an example at most, as in :class:`~idefics_qlora.TrainConfig`.
+        on_bad_row: What to do with a row that cannot be read: ``skip`` or ``raise``.
         num_workers: Processes that load batches ahead.
 
     Returns:
         ``eval_loss`` (cross-entropy per target token over all rows together, in nats),
-        ``eval_runtime`` (s), ``eval_samples_per_second`` and ``eval_steps_per_second`` (batches).
+        ``eval_runtime`` (s), ``eval_samples_per_second`` and ``eval_steps_per_second`` (batches);
+        ``eval_bad_rows`` if any rows were left out.
+
+    Raises:
+        ValueError: If there are no rows, or a row is bad and ``on_bad_row`` says so, or more than
+            5 % are.
     """
     collator = Collator(processor, loss_on, models.num_embeddings(model), max_length)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
     batches = EvalBatches(RowReader(rows, "rows", to_example, collator), batch_size)
     device = next(model.parameters()).device
     loading = Loading(batches, num_workers=num_workers, pin=device.type == "cuda")
-    return _evaluate(model, loading, device)
+    return _evaluate(model, loading, device, BadRows(on_bad_row))
 
 
 def due(step: int, every: int) -> bool:
@@ -416,27 +461,53 @@ def due(step: int, every: int) -> bool:
 
 
 def _evaluate(
-    model: models.Model, loading: Loading[Batch], device: torch.device
-) -> dict[str, float]:
+    model: models.Model, loading: Loading[Window], device: torch.device, bad_rows: BadRows
+) -> dict[str, Any]:
     started = time.perf_counter()
-    num_batches = num_examples = num_targets = 0
+    num_batches = num_examples = num_targets = num_bad = 0
     total = torch.zeros((), dtype=torch.float64, device=device)
-    with models.evaluation_mode(model), loading as batches:
-        for batch in batches:
+    with models.evaluation_mode(model), loading as windows:
+        for window in windows:
+            num_bad += len(window.bad)
+            bad_rows.note(window.bad)
+            if window.batch is None:
+                continue
             num_batches += 1
-            num_examples += len(batch.input_ids)
-            num_targets += batch.num_targets
-            batch = batch.to(device)
+            num_examples += len(window.rows)
+            num_targets += window.num_targets
+            batch = window.batch.to(device)
             logits = model(**batch.inputs(), use_cache=False).logits
             total += summed_cross_entropy(logits, batch.labels)
+    bad_rows.check_share(num_bad, num_examples + num_bad)
     loss = total.item() / num_targets  # sync
     seconds = time.perf_counter() - started
-    return {
+    record = {
         "eval_loss": loss,
         "eval_runtime": seconds,
         "eval_samples_per_second": num_examples / seconds,
         "eval_steps_per_second": num_batches / seconds,
     }
+    return record | ({"eval_bad_rows": num_bad} if num_bad else {})
+
+
+def _first_rows(reader: RowReader, config: TrainConfig) -> Fingerprint:
+    """The rows' fingerprint; raises if the rows are bad, before any training starts."""
+    order: Iterable[int] = ()
+    if not reader.is_stream:
+        in_order = reader.name == "eval_rows"
+        order = range(len(reader)) if in_order else epoch_order(config.seed, 0, len(reader))
+    fingerprint, bad = reader.first_rows(map(int, order), ROWS_CHECKED)
+    rows = BadRows(config.on_bad_row)
+    rows.note(bad)
+    rows.check_share(len(bad), len(fingerprint["first"]))
+    return fingerprint
+
+
+def _epoch(state: TrainState, reader: RowReader) -> float:
+    """Passes over the training rows so far; of a stream, those that are complete."""
+    if reader.is_stream:
+        return float(state.position["epoch"]) if state.position else 0.0
+    return state.num_seen / len(reader)
 
 
 def _training_record(state: TrainState, output: StepOutput, clock: _Clock) -> dict[str, float]:
@@ -497,6 +568,16 @@ def _dump(state: TrainState, window: Window) -> str:
     )
 
 
+def _load_best(model: PeftModel, best: Path | None) -> None:
+    if best is None:
+        logger.warning("no evaluation gave a finite loss: the last adapter stays, not the best")
+        return
+    try:
+        models.load_adapter(model, load_checkpoint(best).adapter, str(best))
+    except CheckpointError as error:
+        logger.error("the best checkpoint is damaged (%s): the last adapter stays", error)
+
+
 def _resume_from(config: TrainConfig) -> Path | None:
     if config.resume == "auto":
         return latest_checkpoint(config.output_dir)
@@ -507,7 +588,14 @@ def _resume_from(config: TrainConfig) -> Path | None:
                 "old run, or continue it with resume='auto'"
             )
         return None
-    return Path(config.resume)
+    folder = Path(config.resume)
+    if not folder.is_dir():
+        there = [path.name for path in checkpoints(folder.parent)]
+        raise ValueError(
+            f"resume={str(folder)!r} is no folder: expected a checkpoint, 'auto' or 'never'; "
+            f"{str(folder.parent)!r} has {', '.join(there) or 'no checkpoints'}"
+        )
+    return folder
 
 
 class _Clock:
@@ -536,7 +624,7 @@ class _Clock:
         return mean
 
 
-def _metrics(state: TrainState, num_rows: int) -> dict[str, float]:
+def _metrics(state: TrainState, epoch: float) -> dict[str, float]:
     seconds = max(state.seconds, 1e-9)
     flops = models.training_flops(
         state.model.get_base_model().config, state.num_tokens, state.num_images
@@ -548,9 +636,10 @@ def _metrics(state: TrainState, num_rows: int) -> dict[str, float]:
         "train_steps_per_second": state.global_step / seconds,
         "train_tokens_per_second": state.num_tokens / seconds,
         "train_loss": loss_sum / max(1, state.global_step),
-        "epoch": state.num_examples / num_rows,
+        "epoch": epoch,
         "total_flos": flops,
         "skipped_windows": state.skipped_windows,
+        "bad_rows": state.num_bad_rows,
         "micro_batch_size": state.micro_batch_size,
         "peak_memory_bytes": peak_memory_bytes(state.device),
     }

@@ -57,6 +57,7 @@ def test_fields_are_frozen_names():
         "loss_on",
         "max_length",
         "augment",
+        "on_bad_row",
         "on_save_error",
         "resume",
         "seed",

@@ -10,7 +10,8 @@ from torchvision.transforms.v2 import functional as F
 
 import idefics_qlora as iq
 from idefics_qlora import diagnostics
-from idefics_qlora.batches import IGNORE, Collator, RowReader, Windows
+from idefics_qlora.batches import IGNORE, Collator
+from idefics_qlora.windows import RowReader, Windows
 
 
 @pytest.fixture
@@ -121,8 +122,8 @@ def test_the_settings_of_a_training(processor, rows, examples, tmp_path):
     assert len(shown.tokens) == length
     (shown,) = iq.preview_batch(processor, examples, augment=True, seed=7, **options).examples
     reader = RowReader(examples, "rows", None, Collator(processor))
-    whole = Windows(reader, seed=7, global_batch_size=40, micro_batch_size=40, augment=True)
-    pixels = whole[0].batches[0].pixel_values
+    whole = Windows(reader, seed=7, global_batch_size=40, augment=True)
+    pixels = whole[0].batch.pixel_values
     with Image.open(shown.images[0]) as image:
         assert (F.pil_to_tensor(image) == pixels[:, 0]).flatten(1).all(1).any()
 

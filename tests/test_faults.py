@@ -20,11 +20,11 @@ import torch
 from torch.utils.data import get_worker_info
 
 import idefics_qlora as iq
-from idefics_qlora.batches import epoch_order
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.faults import RunLock, StopSignals
 from idefics_qlora.loading import LoaderError
 from idefics_qlora.model import adapter_tensors
+from idefics_qlora.windows import epoch_order
 
 SETTINGS = {
     "max_steps": 6,

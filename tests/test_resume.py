@@ -213,7 +213,7 @@ def test_what_changes_the_mathematics_is_refused(base, processor, rows, tmp_path
 def test_other_rows_lora_or_base_are_refused(base, processor, rows, tmp_path):
     """A run is not continued with other data, another adapter or another base."""
     run(base, processor, rows, config_of(tmp_path, max_steps=2))
-    with pytest.raises(ValueError, match="train_rows: 10 rows, .* there, 9 rows, .* here"):
+    with pytest.raises(ValueError, match="train_rows: 10 rows there, 9 here"):
         run(base, processor, rows[:9], config_of(tmp_path))
     lora = LoraConfig(r=4, lora_alpha=32, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
     model = iq.add_lora(copy.deepcopy(base), lora)

@@ -9,11 +9,17 @@ from peft import LoraConfig
 from torch.nn import functional as F
 
 import idefics_qlora as iq
-from idefics_qlora.batches import Collator, RowReader, Windows
-from idefics_qlora.model import adapter_tensors, set_compute_dtype, trainable_parameters
+from idefics_qlora.batches import Collator
+from idefics_qlora.model import (
+    DTYPES,
+    adapter_tensors,
+    set_compute_dtype,
+    trainable_parameters,
+)
 from idefics_qlora.optim import lr_at, make_optimizer
 from idefics_qlora.state import TrainState
 from idefics_qlora.training import train_step
+from idefics_qlora.windows import RowReader, Windows
 
 
 def config_of(folder, **changes):
@@ -37,7 +43,7 @@ def without_dropout(base):
 
 def state_of(model, config):
     """A state as train() makes it, for single steps."""
-    set_compute_dtype(model, {"fp16": torch.float16, "fp32": torch.float32}[config.precision])
+    set_compute_dtype(model, DTYPES[config.precision])
     return TrainState(
         model=model.train(),
         optimizer=make_optimizer(trainable_parameters(model).values(), config),
@@ -55,6 +61,21 @@ def windows_of(processor, examples, config):
         global_batch_size=config.global_batch_size,
         augment=config.augment,
     )
+
+
+class Noting(torch.optim.SGD):
+    """Takes no step; ``gradient`` is the whole gradient that it was given, before clipping."""
+
+    def __init__(self, parameters):
+        super().__init__(list(parameters), lr=0.0)
+
+    def step(self, closure=None):
+        pass
+
+    def zero_grad(self, set_to_none=True):
+        gradients = [p.grad.flatten() for p in self.param_groups[0]["params"] if p.grad is not None]
+        self.gradient = torch.cat(gradients) if gradients else None
+        super().zero_grad(set_to_none)
 
 
 def snapshot(model):
@@ -136,16 +157,14 @@ def test_the_window_decides_not_the_micro_batch(base, processor, examples):
             torch.nn.init.normal_(parameter, std=0.02)
     gradients = []
     for micro_batch_size in (16, 8, 2, 1):
-        config = config_of("unused", global_batch_size=16, micro_batch_size=micro_batch_size)
-        window = windows_of(processor, examples, config)[0]
-        model.zero_grad()
-        for batch in window.micro_batches(config.micro_batch_size):
-            logits = model(**batch.inputs(), use_cache=False).logits
-            loss = iq.training.summed_cross_entropy(logits, batch.labels) / window.num_targets
-            loss.backward()
-        gradients.append(
-            torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        config = config_of(
+            "unused", global_batch_size=16, micro_batch_size=micro_batch_size, max_grad_norm=1e9
         )
+        state = state_of(model, config)
+        # The step is taken by an optimizer that only notes what it is given.
+        state.optimizer = Noting(trainable_parameters(model).values())
+        train_step(state, windows_of(processor, examples, config)[0])
+        gradients.append(state.optimizer.gradient)
     reference = gradients[0]
     assert reference.norm() > 0
     for gradient in gradients[1:]:
@@ -265,6 +284,7 @@ def test_learning_lowers_the_loss(lora, processor, examples, tmp_path):
         "epoch",
         "total_flos",
         "skipped_windows",
+        "bad_rows",
         "micro_batch_size",
         "peak_memory_bytes",
     }
@@ -403,6 +423,35 @@ def test_the_best_needs_evaluation_rows(lora, processor, examples, tmp_path):
     """load_best_model_at_end without evaluation rows cannot work, and says so."""
     config = config_of(tmp_path, load_best_model_at_end=True, save_steps=20)
     with pytest.raises(ValueError, match="needs eval_rows.*eval_steps=20"):
+        iq.train(lora, processor, examples, config=config)
+
+
+def test_clipping_sees_the_true_gradient(base, processor, examples):
+    """The gradient is unscaled before it is clipped: its norm is fp32's, whatever the scale."""
+    norms = []
+    for kind, scale in (("fp32", None), ("fp16", 1024.0), ("fp16", 65536.0)):
+        model = without_dropout(copy.deepcopy(base))
+        state = state_of(model, config_of("unused", precision=kind))
+        if kind == "fp16":
+            state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        window = windows_of(processor, examples, state.config)[0]
+        norms.append(train_step(state, window).grad_norm.item())
+    assert norms[1] == pytest.approx(norms[0], rel=0.03)
+    assert norms[2] == pytest.approx(norms[0], rel=0.03)
+
+
+def test_bf16_learns(lora, processor, examples, tmp_path):
+    """The same loop without a scaler."""
+    config = config_of(tmp_path, precision="bf16", learning_rate=5e-3, max_steps=8)
+    result = iq.train(lora, processor, examples, config=config)
+    losses = [record["loss"] for record in result.log_history if "loss" in record]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_warm_up_fits_the_epochs(lora, processor, examples, tmp_path):
+    """A warm-up longer than the steps that the epochs come to is refused."""
+    config = config_of(tmp_path, max_steps=None, warmup_steps=6)
+    with pytest.raises(ValueError, match="warmup_steps=6 is more than the 5 steps"):
         iq.train(lora, processor, examples, config=config)
 
 
