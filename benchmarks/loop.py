@@ -31,6 +31,7 @@ import idefics_qlora as iq
 from idefics_qlora.batches import Collator
 from idefics_qlora.examples import pokemon_card_example
 from idefics_qlora.loss import summed_cross_entropy
+from idefics_qlora.machine import library_versions
 from idefics_qlora.model import (
     DTYPES,
     autocast,
@@ -38,7 +39,6 @@ from idefics_qlora.model import (
     trainable_parameters,
 )
 from idefics_qlora.optim import make_optimizer
-from idefics_qlora.state import library_versions
 from idefics_qlora.windows import RowReader, Windows
 
 

@@ -23,8 +23,8 @@ from peft import PeftModel
 
 import idefics_qlora as iq
 from idefics_qlora.batches import Collator
+from idefics_qlora.machine import library_versions
 from idefics_qlora.memory import CARDS, MemoryEstimate, estimate_memory
-from idefics_qlora.state import library_versions
 
 COLUMNS = (
     *("text tokens", "images", "micro-batch", "activations"),

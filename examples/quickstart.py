@@ -23,7 +23,7 @@ import transformers
 
 import idefics_qlora as iq
 from idefics_qlora.examples import pokemon_card_example
-from idefics_qlora.state import library_versions
+from idefics_qlora.machine import library_versions
 
 MAX_STEPS = 160
 LEARNING_RATE = 8e-3

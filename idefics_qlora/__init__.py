@@ -9,32 +9,42 @@ result = iq.train(model, processor, train_rows, eval_rows,
 """
 
 from idefics_qlora import cpu as _cpu  # noqa: F401 - first, it imports bitsandbytes quietly
-from idefics_qlora import images, tiny
+from idefics_qlora import images, metrics, tiny
 from idefics_qlora.checkpoint import latest_checkpoint
 from idefics_qlora.config import TrainConfig
-from idefics_qlora.diagnostics import Preview, preview_batch
+from idefics_qlora.diagnostics import DeadAdapters, ImageUse, image_use
 from idefics_qlora.examples import Captions, Example
 from idefics_qlora.generation import generate
 from idefics_qlora.images import BadImage
+from idefics_qlora.machine import environment
+from idefics_qlora.memory import MemoryEstimate, estimate_memory
 from idefics_qlora.model import add_lora, load_finetuned, load_model
+from idefics_qlora.preview import Preview, preview_batch
 from idefics_qlora.sources import load_rows
 from idefics_qlora.training import TrainResult, evaluate, train
 
 __all__ = [
     "BadImage",
     "Captions",
+    "DeadAdapters",
     "Example",
+    "ImageUse",
+    "MemoryEstimate",
     "Preview",
     "TrainConfig",
     "TrainResult",
     "add_lora",
+    "environment",
+    "estimate_memory",
     "evaluate",
     "generate",
+    "image_use",
     "images",
     "latest_checkpoint",
     "load_finetuned",
     "load_model",
     "load_rows",
+    "metrics",
     "preview_batch",
     "tiny",
     "train",

@@ -19,6 +19,8 @@ Scheduler = Literal["linear", "cosine", "constant"]
 LossOn = Literal["completion", "all"]
 OnSaveError = Literal["raise", "continue"]
 OnBadRow = Literal["skip", "raise"]
+PARTS = ("vision tower", "perceiver", "cross-attention", "text layers")
+"""Parts of the model that have adapters of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,18 @@ class TrainConfig:
     eval_batch_size: int = 2
     """Examples in one evaluation forward pass."""
 
+    eval_image_use: bool = False
+    """At every evaluation, compare the loss with that on other rows' pictures and on blank ones (of
+    the first 64 evaluation rows): does the model look?"""
+
+    eval_samples: int = 0
+    """Evaluation rows to caption at every evaluation, always the same; kept in the log history."""
+
+    allow_dead_parts: tuple[str, ...] = ()
+    """Parts of the model whose adapters may go without a gradient in the first step: of ``vision
+    tower``, ``perceiver``, ``cross-attention`` and ``text layers``. Any other dead part stops the
+    run."""
+
     loss_on: LossOn = "completion"
     """Which text tokens are targets: the completion and the end token only, or ``all`` text tokens
     (the tutorial's labelling, padding excluded)."""
@@ -148,7 +162,8 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, as a checkpoint records them."""
         fields = dataclasses.asdict(self)
-        return {k: str(v) if isinstance(v, os.PathLike) else v for k, v in fields.items()}
+        paths = {name: str(v) for name, v in fields.items() if isinstance(v, os.PathLike)}
+        return {**fields, **paths, "allow_dead_parts": list(self.allow_dead_parts)}
 
     def _choice_problems(self) -> list[str]:
         choices = {
@@ -164,9 +179,13 @@ class TrainConfig:
             for name, choice in choices.items()
             if getattr(self, name) not in get_args(choice)
         ]
-        for name in ("load_best_model_at_end", "augment", "gradient_checkpointing"):
+        for name in (
+            "load_best_model_at_end", "augment", "gradient_checkpointing", "eval_image_use"
+        ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name}={getattr(self, name)!r}: expected True or False")
+        if unknown := sorted(set(self.allow_dead_parts) - set(PARTS)):
+            problems.append(f"allow_dead_parts: {unknown} are none of {', '.join(PARTS)}")
         for name in ("output_dir", "resume"):
             value = getattr(self, name)
             if not isinstance(value, (str, os.PathLike)) or not str(value):
@@ -183,6 +202,7 @@ class TrainConfig:
             "save_steps": 1,
             "warmup_steps": 0,
             "num_workers": 0,
+            "eval_samples": 0,
             "seed": 0,
         }
         optional = {"max_steps": 1, "save_total_limit": 1, "max_length": 2}

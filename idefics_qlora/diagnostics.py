@@ -1,298 +1,395 @@
-"""Looking at what a model is given, before it is trained on it."""
+"""Catching training that only looks fine: dead adapters, wrong labels, a model that does not look.
+
+Shapes: B examples, T tokens, N images per example, V vocabulary.
+"""
 
 from __future__ import annotations
 
-import base64
-import html
-import os
-import shutil
-import sys
-import tempfile
-import unicodedata
-from collections.abc import Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from PIL import Image
+import numpy as np
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from idefics_qlora.batches import IGNORE, Collator
+from idefics_qlora import model as models
+from idefics_qlora.batches import IGNORE, Batch, Collator, Tokens
 from idefics_qlora.config import LossOn
-from idefics_qlora.examples import ToExample
-from idefics_qlora.windows import RowReader, Rows, crop_seed
+from idefics_qlora.examples import ToExample, as_example
+from idefics_qlora.generation import generate_from_tokens
+from idefics_qlora.images import write_png
+from idefics_qlora.loss import summed_cross_entropy
+from idefics_qlora.windows import RowReader, Rows, Window
+
+logger = logging.getLogger(__name__)
+
+Fields = Callable[[str], Mapping[str, str]]
+"""Reads what a text states: field to value."""
 
 
-class SeenToken(NamedTuple):
-    """One token as the model gets it."""
-
-    text: str
-    """As the tokenizer writes it; ``▁`` is the space in front of a word."""
-    id: int
-    is_control: bool
-    """Whether it is a control token, such as ``<image>``, which no text can forge."""
-    is_target: bool
-    """Whether the model learns to say it."""
-    image: int | None
-    """Number of the image that it attends to, within its example."""
+class DeadAdapters(RuntimeError):
+    """A whole part of the model learns nothing; the message names it and what to do."""
 
 
 @dataclass(frozen=True)
-class SeenExample:
-    """One row as the model gets it."""
+class Coverage:
+    """Which adapters a step's gradient reached."""
 
-    row: int
-    tokens: tuple[SeenToken, ...]
-    padding: int
-    """Padding tokens behind the others, which the model ignores."""
-    images: tuple[Path, ...]
-    """PNG files with the images' pixels, before they are normalised."""
+    modules: dict[str, bool]
+    """Each adapted module, and whether any of its tensors got a gradient that is not zero."""
 
+    def dead_parts(self) -> list[str]:
+        """Parts of the model none of whose adapters got a gradient."""
+        reached = {models.part_of(name) for name, alive in self.modules.items() if alive}
+        return sorted({models.part_of(name) for name in self.modules} - reached)
 
-@dataclass(frozen=True, repr=False)
-class Preview:
-    """Rows as the model gets them; prints as text, and a notebook shows it with the pictures."""
-
-    examples: tuple[SeenExample, ...]
-
-    def __repr__(self) -> str:
-        rows = [example.row for example in self.examples]
-        return f"<Preview of rows {rows}: print() shows it>"
+    def dead_modules(self) -> list[str]:
+        """Modules that got no gradient."""
+        return [name for name, alive in self.modules.items() if not alive]
 
     def __str__(self) -> str:
-        return self.text()
-
-    def text(self, width: int = 100, color: bool = False) -> str:
-        """The preview as text.
-
-        Args:
-            width: Columns of the terminal.
-            color: Whether to use ANSI colours.
-        """
-        style = _Ansi(color)
-        lines = []
-        for example in self.examples:
-            rule = "─" * max(2, width - len(_title(example)) - 5)
-            lines += [style.title(f"── {_title(example)} {rule}")]
-            lines += [
-                f"   image {n}  {style.faint(str(path))}" for n, path in enumerate(example.images)
-            ]
-            for (is_target, image), run in _runs(example):
-                name = "learnt " if is_target else "context"
-                sees = "sees no image" if image is None else f"sees image {image}"
-                lines += ["", f" {style.target(name) if is_target else name}  {style.faint(sees)}"]
-                lines += _columns(run, width, style)
-            if example.padding:
-                lines += ["", f" {style.faint(f'padding  {example.padding} tokens, ignored')}"]
-            lines.append("")
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return _STYLE + "".join(map(_example_html, self.examples))
+        every = Counter(map(models.part_of, self.modules))
+        alive = Counter(models.part_of(name) for name, alive in self.modules.items() if alive)
+        parts = (f"{part} {alive[part]} of {every[part]}" for part in sorted(every))
+        return f"adapters with a gradient: {', '.join(parts)}"
 
 
-def preview_batch(
-    processor: Any,
-    rows: Rows,
-    to_example: ToExample | None = None,
-    *,
-    indices: Sequence[int] | None = None,
-    loss_on: LossOn = "completion",
-    max_length: int | None = None,
-    augment: bool = False,
-    seed: int = 42,
-    image_dir: str | os.PathLike[str] | None = None,
-) -> Preview:
-    """Show what the model gets of some rows: every token, what is learnt, what sees which image.
+def gradient_coverage(parameters: Mapping[str, Parameter]) -> Coverage | None:
+    """Which adapted modules have a gradient; ``None`` if it is not finite and tells nothing.
 
-    It is read from the very tensors of a batch, and printed; a notebook shows the returned object,
-    with the pictures, when it is the last value of a cell.
+    One of a module's matrices is enough: while ``lora_B`` is zero, ``lora_A`` has none.
 
     Args:
-        processor: The checkpoint's processor, as ``load_model`` returns it.
-        rows: Training or evaluation rows.
-        to_example: Converts a row to an example, as in ``train``.
-        indices: Rows to show, in one batch. ``None``: the first two.
-        loss_on: As in ``TrainConfig``.
-        max_length: As in ``TrainConfig``.
-        augment: Crop the images as in the first epoch of a training with ``seed``. ``False``: as
-            in an evaluation.
-        seed: Seed of the training whose crops are shown.
-        image_dir: Folder for the images as PNG files. ``None``: a new temporary folder.
+        parameters: The trainable parameters by name, with their gradients.
+    """
+    with_gradient = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    norms = torch.stack(torch._foreach_norm(list(with_gradient.values())))
+    sizes = dict(zip(with_gradient, norms.tolist(), strict=True))  # sync
+    if not all(np.isfinite(list(sizes.values()))):
+        return None
+    modules: dict[str, bool] = {}
+    for name in parameters:
+        module = module_of(name)
+        modules[module] = modules.get(module, False) or sizes.get(name, 0.0) > 0.0
+    return Coverage(modules)
 
-    Returns:
-        The rows as the model gets them; ``str()`` gives the text without colours.
+
+def module_of(parameter: str) -> str:
+    """Name of the adapted module that a trainable parameter belongs to."""
+    return parameter.partition(".lora_")[0].removeprefix("base_model.model.")
+
+
+def check_coverage(coverage: Coverage, allowed: Sequence[str]) -> None:
+    """Tell the coverage of the first step.
 
     Raises:
-        ValueError: If a row is bad; the message names it.
+        DeadAdapters: If a part has adapters and none of them got a gradient.
     """
-    collator = Collator(processor, loss_on, max_length=max_length)
-    reader = RowReader(rows, "rows", to_example, collator)
-    shown = list(range(min(2, len(reader))) if indices is None else indices)
-    if not shown or not all(0 <= i < len(reader) for i in shown):
-        raise ValueError(f"indices={shown}: expected row numbers, from 0 to {len(reader) - 1}")
-    read = [reader.read(i, crop_seed(seed, 0, i) if augment else None) for i in shown]
-    tokens, pixels = zip(*read, strict=True)
-    batch = collator.collate(tokens, pixels)
+    dead = [part for part in coverage.dead_parts() if part not in allowed]
+    if dead:
+        names = [name for name in coverage.dead_modules() if models.part_of(name) in dead]
+        raise DeadAdapters(
+            f"no adapter of the {' and the '.join(dead)} got a gradient in the first step "
+            f"({coverage}; such as {names[0]}): that part would learn nothing. Usual causes: "
+            "peft.prepare_model_for_kbit_training or reentrant gradient checkpointing (leave both "
+            "to this library), requires_grad switched off, rows whose pictures the words do not "
+            f"see; if it is meant, allow_dead_parts={tuple(dead)!r}"
+        )
+    if names := coverage.dead_modules():
+        logger.warning("%s; without: %s", coverage, ", ".join(names[:5]))
+    else:
+        logger.info("%s", coverage)
 
-    folder = Path(image_dir or tempfile.mkdtemp(prefix="idefics_qlora-preview-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    examples = []
-    for b, row in enumerate(shown):
-        length = int(batch.attention_mask[b].sum())
-        ids = batch.input_ids[b, :length].tolist()
-        sees = batch.image_attention_mask[b, :length]  # (T, N)
-        images = sees.float().argmax(dim=1).masked_fill(~sees.any(dim=1), -1).tolist()
-        targets = (batch.labels[b, :length] != IGNORE).tolist()
-        texts = collator.tokenizer.convert_ids_to_tokens(ids)
-        examples.append(
-            SeenExample(
-                row=row,
-                tokens=tuple(
-                    SeenToken(
-                        text, i, i in collator.control_ids, target, None if image < 0 else image
-                    )
-                    for text, i, target, image in zip(texts, ids, targets, images, strict=True)
-                ),
-                padding=batch.input_ids.shape[1] - length,
-                images=tuple(
-                    _write_png(batch.pixel_values[b, n], folder / f"row-{row}-image-{n}.png")
-                    for n in range(len(pixels[b]))
-                ),
+
+def weight_marks(parameters: Mapping[str, Parameter]) -> Tensor:
+    """Two numbers for each tensor that change when it does, on the device, (2, parameters)."""
+    with torch.no_grad():
+        tensors = [p.detach() for p in parameters.values()]
+        return torch.stack(
+            [torch.stack(torch._foreach_norm(tensors, 1)), torch.stack([t.sum() for t in tensors])]
+        )
+
+
+def unmoved_modules(parameters: Mapping[str, Parameter], before: Tensor) -> list[str]:
+    """Adapted modules none of whose tensors changed since ``before`` was taken."""
+    moved = (weight_marks(parameters) != before).any(dim=0).tolist()  # sync
+    modules: dict[str, bool] = {}
+    for name, has_moved in zip(parameters, moved, strict=True):
+        module = module_of(name)
+        modules[module] = modules.get(module, False) or has_moved
+    return [name for name, has_moved in modules.items() if not has_moved]
+
+
+def check_labels(window: Window, collator: Collator, name: str = "train_rows") -> str:
+    """Look at the labels and the image mask of a window.
+
+    Args:
+        window: The first window of a run, on the CPU.
+        collator: Made it.
+        name: What to call the rows.
+
+    Returns:
+        A line with the shares of targets.
+
+    Raises:
+        ValueError: If a row has no target, padding or image tokens are targets, or a word behind
+            an image does not see it; the message names the row.
+    """
+    batch = window.batch
+    if batch is None:
+        return "no row of the first window could be read"
+    is_target = batch.labels != IGNORE
+    is_token = batch.attention_mask.bool()
+    never = torch.isin(batch.input_ids, collator.never_target)
+    sees = batch.image_attention_mask.any(dim=2)  # (B, T)
+    behind_image = (batch.input_ids == collator.image_id).cumsum(1) > 0
+    ends = torch.isin(batch.labels, torch.tensor(collator.end_ids)).any(dim=1)
+    faults = {
+        "has no target token: nothing of it would be learnt": ~is_target.any(dim=1),
+        "has padding among its targets: it would learn to pad": (is_target & ~is_token).any(dim=1),
+        "has image or begin tokens among its targets": (is_target & never & is_token).any(dim=1),
+        "has other labels than its tokens": (
+            (batch.labels != batch.input_ids) & is_target
+        ).any(dim=1),
+        "has words behind an image that do not see it": (
+            behind_image & is_token & ~sees
+        ).any(dim=1),
+    }  # fmt: skip
+    for fault, rows in faults.items():
+        if rows.any():
+            row = window.batch_rows[int(rows.nonzero()[0])]
+            raise ValueError(
+                f"{name}[{row}] {fault} ({int(rows.sum())} of {len(rows)} rows of the first "
+                "window): look at it with idefics_qlora.preview_batch"
             )
+    share = is_target.sum() / is_token.sum()
+    line = (
+        f"labels of the first window: {share:.0%} of {int(is_token.sum())} tokens are learnt, "
+        f"{int((~is_token).sum())} are padding"
+    )
+    if not ends.all():
+        rows = [window.batch_rows[i] for i in (~ends).nonzero().flatten().tolist()]
+        logger.warning(
+            "%s[%d] and %d more of the first window learn no end token, because max_length cuts "
+            "them: the model will not learn there when to stop",
+            *(name, rows[0], len(rows) - 1),
         )
-    preview = Preview(tuple(examples))
-    if not _in_notebook():
-        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print(preview.text(shutil.get_terminal_size((100, 24)).columns, color))
-    return preview
+    return line
 
 
-def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return shell is not None and hasattr(shell, "kernel")
+@dataclass(frozen=True)
+class ImageUse:
+    """How much a model's answers depend on the pictures."""
 
+    num_rows: int
+    loss: dict[str, float]
+    """Per target token in nats, with each row's ``own`` picture, ``another`` row's, a ``blank``."""
+    gain: tuple[float, float, float]
+    """Loss with another row's picture minus loss with the own one, and its 95 % confidence
+    interval, over rows paired with themselves."""
+    gain_over_blank: tuple[float, float, float]
+    """The same with a blank picture."""
+    fields: dict[str, dict[str, float]]
+    """For each field of generated texts, the share of rows with the right value, with the ``own``
+    and with ``another`` row's picture."""
 
-def _write_png(pixels: Tensor, path: Path) -> Path:
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
-    return path
+    @property
+    def looks(self) -> bool:
+        """Whether the loss is lower with the own picture, beyond chance."""
+        return self.gain[1] > 0
 
-
-def _title(example: SeenExample) -> str:
-    targets = sum(token.is_target for token in example.tokens)
-    images = len(example.images)
-    return (
-        f"row {example.row}: {len(example.tokens)} tokens, {targets} learnt, "
-        f"{images} image{'' if images == 1 else 's'}"
-    )
-
-
-def _runs(example: SeenExample) -> Iterator[tuple[tuple[bool, int | None], list[SeenToken]]]:
-    """The tokens in parts that are learnt or not and see the same image."""
-    for key, run in groupby(example.tokens, lambda token: (token.is_target, token.image)):
-        yield key, list(run)
-
-
-def _visible(text: str) -> str:
-    """A token's text without what would move the cursor or be invisible."""
-    known = {"<0x0A>": "⏎", "\n": "⏎", "<0x09>": "⇥", "\t": "⇥"}
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return known.get(text, escaped or "∅")
-
-
-def _cells(text: str) -> int:
-    """Columns of a terminal that a text takes."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
-
-
-class _Ansi:
-    def __init__(self, color: bool) -> None:
-        self.color = color
-
-    def _paint(self, code: str, text: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if self.color and text.strip() else text
-
-    def title(self, text: str) -> str:
-        return self._paint("1", text)
-
-    def faint(self, text: str) -> str:
-        return self._paint("2", text)
-
-    def target(self, text: str) -> str:
-        return self._paint("1;32", text)
-
-    def control(self, text: str) -> str:
-        return self._paint("36", text)
-
-
-def _columns(run: Sequence[SeenToken], width: int, style: _Ansi) -> list[str]:
-    """Tokens with their ids below them, wrapped; learnt ones behind a bar."""
-    bar = style.target("┃") if run[0].is_target else " "
-    lines: list[str] = []
-    upper = lower = ""
-    used = 0
-    for token in run:
-        text, number = _visible(token.text), str(token.id)
-        cells = max(_cells(text), len(number))
-        if used and used + cells > width - 4:
-            lines += [f" {bar} {upper}".rstrip(), f" {bar} {lower}".rstrip()]
-            upper = lower = ""
-            used = 0
-        paint = style.control if token.is_control else str
-        upper += paint(text) + " " * (cells - _cells(text) + 2)
-        lower += style.faint(number) + " " * (cells - len(number) + 2)
-        used += cells + 2
-    return [*lines, f" {bar} {upper}".rstrip(), f" {bar} {lower}".rstrip()]
-
-
-_HUES = ("#3b82f6", "#f59e0b", "#a855f7", "#ef4444", "#14b8a6", "#ec4899")
-"""Colours of images and of what sees them."""
-
-_STYLE = """<style>
-.iq-preview {font: 13px/1.35 system-ui, sans-serif; margin: 0 0 1.5em}
-.iq-preview h4 {margin: 0 0 .5em; font-size: 1em}
-.iq-preview figure {display: inline-block; margin: 0 .75em .5em 0}
-.iq-preview img {display: block; width: 112px; border: 3px solid}
-.iq-preview figcaption, .iq-preview small {opacity: .65; font-size: 11px}
-.iq-preview .t {display: inline-block; margin: 0 2px 5px 0; padding: 1px 4px; text-align: center;
- border-radius: 3px; border-bottom: 3px solid transparent; background: rgba(128, 128, 128, .13)}
-.iq-preview .t code {display: block; font: 12px/1.3 ui-monospace, monospace; white-space: pre;
- background: none; color: inherit; padding: 0}
-.iq-preview .learnt {background: rgba(34, 197, 94, .32)}
-.iq-preview .control code {font-style: italic; opacity: .7}
-</style>"""
-
-
-def _hue(image: int | None) -> str:
-    return "transparent" if image is None else _HUES[image % len(_HUES)]
-
-
-def _example_html(example: SeenExample) -> str:
-    figures = "".join(
-        f'<figure><img alt="image {n}" style="border-color: {_hue(n)}" '
-        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" '
-        f'title="{html.escape(str(path))}"><figcaption>image {n}</figcaption></figure>'
-        for n, path in enumerate(example.images)
-    )
-    tokens = []
-    for position, token in enumerate(example.tokens):
-        classes = "t" + " learnt" * token.is_target + " control" * token.is_control
-        sees = "sees no image" if token.image is None else f"sees image {token.image}"
-        learnt = "learnt" if token.is_target else "context"
-        tokens.append(
-            f'<span class="{classes}" style="border-bottom-color: {_hue(token.image)}" '
-            f'title="position {position}, {learnt}, {sees}">'
-            f"<code>{html.escape(_visible(token.text))}</code><small>{token.id}</small></span>"
+    def __str__(self) -> str:
+        own, another, blank = (self.loss[kind] for kind in ("own", "another", "blank"))
+        losses = (
+            f"loss per token {own:.4f} with the own picture, {another:.4f} with another row's "
+            f"({self.gain[0]:+.4f}, 95 % between {self.gain[1]:+.4f} and {self.gain[2]:+.4f}), "
+            f"{blank:.4f} with a blank one, over {self.num_rows} rows"
         )
-    padding = f"<small>and {example.padding} of padding, ignored</small>" * (example.padding > 0)
-    legend = (
-        '<small><span class="t learnt">green</span> is learnt; the line below a token has the '
-        "colour of the image that it sees</small>"
+        fields = "".join(
+            f"; {name} right {share['own']:.0%}, with another picture {share['another']:.0%}"
+            for name, share in self.fields.items()
+        )
+        verdict = "This model looks at the pictures" if self.looks else (
+            "This model does not look at the pictures: it answers as well with those of other rows"
+        )  # fmt: skip
+        return f"{verdict}: {losses}{fields}" if self.looks else f"{verdict} ({losses}{fields})"
+
+
+def image_use(
+    model: models.Model,
+    processor: models.Processor,
+    rows: Rows,
+    *,
+    to_example: ToExample | None = None,
+    fields: Fields | None = None,
+    max_rows: int = 256,
+    batch_size: int = 8,
+    loss_on: LossOn = "completion",
+    max_length: int | None = None,
+    max_new_tokens: int = 50,
+    seed: int = 0,
+) -> ImageUse:
+    """Measure whether a model uses the pictures, or would say the same without.
+
+    Every row's loss is taken with its own picture, with another row's, and with a blank one. The
+    pictures are exchanged by a permutation without fixed point that depends on ``seed`` alone, and
+    no random generator is touched.
+
+    Args:
+        model: The base, or the base with an adapter.
+        processor: The base's processor.
+        rows: Held-out rows; those without a picture are passed over, as are bad ones.
+        to_example: As in ``train``.
+        fields: Reads a text's fields, to compare generated texts with the completions. ``None``:
+            nothing is generated.
+        max_rows: Rows to use at most, from the first.
+        batch_size: Examples in one forward pass.
+        loss_on: Which text tokens are targets.
+        max_length: Text tokens of an example at most.
+        max_new_tokens: Tokens of a generated text at most.
+        seed: Decides which pictures are exchanged, and the confidence interval's resampling.
+
+    Returns:
+        The losses, their paired differences, and the fields' shares of right values.
+
+    Raises:
+        ValueError: If fewer than two rows have a picture.
+    """
+    collator = Collator(processor, loss_on, models.num_embeddings(model), max_length)
+    reader = RowReader(rows, "rows", to_example, collator)
+    read: list[tuple[int, Tokens, list[Tensor]]] = []
+    for index in range(min(max_rows, len(reader))):
+        try:
+            row = reader.read(index)
+        except ValueError as error:
+            logger.warning("left out: %s", error)
+            continue
+        if row[1]:
+            read.append((index, *row))
+    if len(read) < 2:
+        raise ValueError(f"{len(read)} of {len(reader)} rows have a picture: expected two or more")
+    rng = np.random.default_rng(seed)
+    tokens = [row_tokens for _, row_tokens, _ in read]
+    own = [pixels for *_, pixels in read]
+    pictures = {"own": own, "another": _exchanged(own, rng), "blank": _blank(own, collator)}
+    losses = {
+        kind: _losses(model, collator, tokens, shown, batch_size)
+        for kind, shown in pictures.items()
+    }  # each (rows, 2): summed loss and number of targets
+    counts = losses["own"][:, 1]
+    draws = rng.integers(len(read), size=(2000, len(read)))
+
+    def gain(kind: str) -> tuple[float, float, float]:
+        difference = losses[kind][:, 0] - losses["own"][:, 0]
+        means = difference[draws].sum(1) / counts[draws].sum(1)  # bootstrap over rows
+        low, high = np.quantile(means, [0.025, 0.975])
+        return float(difference.sum() / counts.sum()), float(low), float(high)
+
+    shares: dict[str, dict[str, float]] = {}
+    if fields is not None:
+        examples = [as_example(reader.rows[index], to_example) for index, *_ in read]  # type: ignore[index]
+        prompts = collator.prompt_tokens([example.prompt for example in examples])
+        expected = [fields(example.completion) for example in examples]
+        for kind in ("own", "another"):
+            texts = generate_from_tokens(
+                model, collator, prompts, pictures[kind], batch_size, max_new_tokens
+            )
+            said = [fields(text) for text in texts]
+            for name in dict.fromkeys(name for row in expected for name in row):
+                pairs = [(a[name], b.get(name)) for a, b in zip(expected, said, strict=True)
+                         if name in a]  # fmt: skip
+                shares.setdefault(name, {})[kind] = sum(a == b for a, b in pairs) / len(pairs)
+    return ImageUse(
+        num_rows=len(read),
+        loss={kind: float(sums[:, 0].sum() / sums[:, 1].sum()) for kind, sums in losses.items()},
+        gain=gain("another"),
+        gain_over_blank=gain("blank"),
+        fields=shares,
     )
-    return (
-        f'<div class="iq-preview"><h4>{_title(example)}</h4>{figures}'
-        f"<div>{''.join(tokens)}{padding}</div>{legend}</div>"
-    )
+
+
+def _exchanged(own: list[list[Tensor]], rng: np.random.Generator) -> list[list[Tensor]]:
+    """Each row with pictures of others, as many as it has."""
+    order = rng.permutation(len(own))
+    following = dict(zip(order.tolist(), np.roll(order, -1).tolist(), strict=True))
+    exchanged = []
+    for row, pixels in enumerate(own):
+        pool: list[Tensor] = []
+        other = following[row]
+        while len(pool) < len(pixels):
+            pool += own[other]
+            other = following[other] if following[other] != row else following[row]
+        exchanged.append(pool[: len(pixels)])
+    return exchanged
+
+
+def _blank(own: list[list[Tensor]], collator: Collator) -> list[list[Tensor]]:
+    grey = collator.pixel_mean.round().to(torch.uint8)  # about 0 when normalised
+    picture = grey[:, None, None].expand(3, collator.side, collator.side)
+    return [[picture] * len(pixels) for pixels in own]
+
+
+def _losses(
+    model: models.Model,
+    collator: Collator,
+    tokens: Sequence[Tokens],
+    pixels: Sequence[Sequence[Tensor]],
+    batch_size: int,
+) -> np.ndarray:
+    device = next(model.parameters()).device
+    sums = []
+    with models.evaluation_mode(model):
+        for start in range(0, len(tokens), batch_size):
+            part = slice(start, start + batch_size)
+            batch: Batch = collator.collate(tokens[part], pixels[part]).to(device)
+            logits = model(**batch.inputs(), use_cache=False).logits
+            for row_logits, labels in zip(logits, batch.labels, strict=True):
+                loss = summed_cross_entropy(row_logits[None], labels[None])
+                sums.append(torch.stack([loss, (labels[1:] != IGNORE).sum()]))
+    return torch.stack(sums).double().cpu().numpy()  # sync
+
+
+class EvalSamples:
+    """The same few held-out rows, captioned at every evaluation.
+
+    Args:
+        reader: The held-out rows.
+        number: Rows to caption, from the first that can be read.
+        folder: The run's folder; the pictures go to ``eval_samples`` in it, as the model sees them.
+    """
+
+    MAX_NEW_TOKENS = 64
+
+    def __init__(self, reader: RowReader, number: int, folder: Path) -> None:
+        self.collator = reader.collator
+        self.rows: list[dict[str, Any]] = []
+        self.pixels: list[list[Tensor]] = []
+        prompts = []
+        for index in range(len(reader)):
+            if len(self.rows) == number:
+                break
+            try:
+                _, pixels = reader.read(index)
+            except ValueError:
+                continue  # it is noted when its batch is evaluated
+            example = as_example(reader.rows[index], reader.to_example)  # type: ignore[index]
+            files = [f"eval_samples/row-{index}-image-{n}.png" for n in range(len(pixels))]
+            for file, image in zip(files, pixels, strict=True):
+                write_png(image, folder / file)
+            name = f"{reader.name}[{index}]"
+            self.rows.append({"row": name, "images": files, "target": example.completion})
+            self.pixels.append(pixels)
+            prompts.append(example.prompt)
+        self.tokens = self.collator.prompt_tokens(prompts)
+
+    def caption(self, model: models.Model, batch_size: int) -> list[dict[str, Any]]:
+        """For each row its name, its pictures' files, the text to be said, and what is said."""
+        texts = generate_from_tokens(
+            model, self.collator, self.tokens, self.pixels, batch_size, self.MAX_NEW_TOKENS
+        )
+        return [{**row, "text": text} for row, text in zip(self.rows, texts, strict=True)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from idefics_qlora.batches import AROUND_IMAGE, IMAGE_TOKEN, Collator, end_ids
+from torch import Tensor
+
+from idefics_qlora.batches import AROUND_IMAGE, IMAGE_TOKEN, Collator, Tokens, end_ids
 from idefics_qlora.examples import PromptItem, as_prompt, naming_row
 from idefics_qlora.model import Model, Processor, evaluation_mode, num_embeddings
 
@@ -42,7 +44,48 @@ def generate(
         ValueError: If a prompt is not valid; the message names it (``BadImage`` for an image).
     """
     collator = Collator(processor, num_embeddings=num_embeddings(model))
-    tokenizer = processor.tokenizer
+    tokens, pixels = [], []
+    for i, prompt in enumerate(prompts):
+        with naming_row(f"prompts[{i}]"):
+            prompt = as_prompt(prompt)
+            tokens += collator.prompt_tokens([prompt])
+            pixels.append(collator.pixels(prompt))
+    return generate_from_tokens(
+        model,
+        collator,
+        tokens,
+        pixels,
+        batch_size,
+        max_new_tokens,
+        return_full_text=return_full_text,
+        **generate_options,
+    )
+
+
+def generate_from_tokens(
+    model: Model,
+    collator: Collator,
+    tokens: Sequence[Tokens],
+    pixels: Sequence[Sequence[Tensor]],
+    batch_size: int,
+    max_new_tokens: int,
+    *,
+    return_full_text: bool = False,
+    **generate_options: Any,
+) -> list[str]:
+    """Continue prompts that are tokens and pixels already; otherwise as :func:`generate`.
+
+    Args:
+        model: The base, or the base with an adapter.
+        collator: Made the tokens.
+        tokens: One per prompt.
+        pixels: For each, its images (3, S, S) uint8.
+        batch_size: Prompts in one batch.
+        max_new_tokens: Tokens at most per text.
+        return_full_text: Return the prompt's text as well.
+        **generate_options: For ``transformers``' ``generate``.
+    """
+    tokenizer = collator.tokenizer
     device = next(model.parameters()).device
     image_ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, AROUND_IMAGE])
     options = {
@@ -53,14 +96,9 @@ def generate(
         "suppress_tokens": [*(generate_options.get("suppress_tokens") or ()), *image_ids],
     }
     texts: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        tokens, pixels = [], []
-        for i, prompt in enumerate(prompts[start : start + batch_size], start):
-            with naming_row(f"prompts[{i}]"):
-                prompt = as_prompt(prompt)
-                tokens += collator.prompt_tokens([prompt])
-                pixels.append(collator.pixels(prompt))
-        batch = collator.collate(tokens, pixels, padding_side="left").to(device)
+    for start in range(0, len(tokens), batch_size):
+        part = slice(start, start + batch_size)
+        batch = collator.collate(tokens[part], pixels[part], padding_side="left").to(device)
         with evaluation_mode(model):
             ids = model.generate(**batch.inputs(), max_new_tokens=max_new_tokens, **options)
         if not return_full_text:

@@ -142,6 +142,13 @@ def random_crop(image: Image.Image, side: int, seed: int) -> Tensor:
     return F.resized_crop(pixels, *box, [side, side], F.InterpolationMode.BICUBIC)
 
 
+def write_png(pixels: Tensor, path: Path) -> Path:
+    """Write a picture (3, H, W) uint8 to a file, and its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(path)
+    return path
+
+
 class FailedImage(NamedTuple):
     """A row whose picture cannot be had."""
 

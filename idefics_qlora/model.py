@@ -295,6 +295,15 @@ def trainable_parameters(model: Model) -> dict[str, Parameter]:
     return trainable
 
 
+def part_of(name: str) -> str:
+    """The part of the model that a module or parameter of this name belongs to."""
+    if "vision_model" in name:
+        return "vision tower"
+    if "perceiver_resampler" in name:
+        return "perceiver"
+    return "cross-attention" if "gated_cross_attn_layers" in name else "text layers"
+
+
 def num_embeddings(model: Model) -> int:
     """Token ids the model can embed: the vocabulary and the additional tokens."""
     embedding = model.get_input_embeddings()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from torch.nn import Parameter
 
 from idefics_qlora.checkpoint import Snapshot
 from idefics_qlora.config import TrainConfig
+from idefics_qlora.diagnostics import Coverage
+from idefics_qlora.machine import COMPUTING, environment
 from idefics_qlora.model import (
     adapter_config,
     adapter_tensors,
@@ -31,13 +32,14 @@ _COUNTERS = (
     *("global_step", "window", "skipped_windows", "skips_in_a_row"),
     *("micro_batch_size", "growing"),
     *("num_examples", "num_images", "num_tokens", "num_bad_rows", "position", "seconds"),
-    *("loss_sum", "unlogged_steps", "best_metric", "log_history"),
+    *("loss_sum", "unlogged_steps", "best_metric", "log_history", "first_nonfinite_module"),
 )
 """Fields of ``TrainState`` that a checkpoint's JSON holds as they are."""
 
 FREE_FIELDS = frozenset(
     {
         *("output_dir", "resume", "save_steps", "save_total_limit", "on_save_error"),
+        *("eval_image_use", "eval_samples", "allow_dead_parts"),
         *("on_bad_row", "logging_steps", "eval_steps", "eval_batch_size", "load_best_model_at_end"),
         *("micro_batch_size", "gradient_checkpointing", "num_workers", "loader_timeout_s"),
         *("max_steps", "num_train_epochs", "precision"),  # judged below
@@ -89,6 +91,10 @@ class TrainState:
     best_checkpoint: Path | None = None
     """The saved checkpoint with the lowest ``eval_loss``."""
     log_history: list[dict[str, Any]] = field(default_factory=list)
+    first_nonfinite_module: str | None = None
+    """Where the first overflow was, if in a forward pass."""
+    coverage: Coverage | None = None
+    """Which adapters the first gradient reached (of this process's part of the run)."""
     window_rng: dict[str, Tensor] = field(default_factory=dict)
     """The random states before the last window."""
 
@@ -133,7 +139,7 @@ class TrainState:
                 "optimizer": scalars,
                 "config": self.config.to_json(),
                 **self.origin,
-                "versions": library_versions(),
+                "environment": environment(),
             },
         )
 
@@ -201,12 +207,13 @@ class TrainState:
                 source,
             )
             origin["best_metric"] = origin["best_checkpoint"] = None
-        for name, installed in library_versions().items():
-            if installed != (then := origin["versions"].get(name)):
+        installed = environment()["versions"]
+        for name in COMPUTING:
+            if installed[name] != (then := origin["environment"]["versions"].get(name)):
                 logger.warning(
                     "%s was %s when %s was saved and is %s now: the run goes on, but not "
                     "necessarily to the bit",
-                    *(name, then, source, installed),
+                    *(name, then, source, installed[name]),
                 )
         if old["precision"] != new["precision"]:
             # An fp16 run that overflows without end has to be able to go on in bf16.
@@ -248,9 +255,3 @@ def restore_rng(states: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of this library and of those it computes with."""
-    names = ("idefics_qlora", "torch", "transformers", "peft", "bitsandbytes")
-    return {name: version(name) for name in names}

@@ -35,6 +35,15 @@ from idefics_qlora.checkpoint import (
     set_aside,
 )
 from idefics_qlora.config import LossOn, OnBadRow, TrainConfig
+from idefics_qlora.diagnostics import (
+    EvalSamples,
+    check_coverage,
+    check_labels,
+    gradient_coverage,
+    image_use,
+    unmoved_modules,
+    weight_marks,
+)
 from idefics_qlora.examples import ToExample
 from idefics_qlora.faults import BadRows, RunLock, StopSignals, first_nonfinite_module
 from idefics_qlora.loading import LoaderError, Loading
@@ -78,6 +87,9 @@ class TrainResult:
     """Every log record, in order."""
     best_checkpoint: Path | None
     """The checkpoint with the lowest ``eval_loss``."""
+    fp16_ledger: dict[str, Any] | None = None
+    """In fp16: ``loss_scale``, ``skipped_windows``, ``skips_in_a_row`` (at the end),
+    ``first_nonfinite_module`` (``None`` if every forward pass was finite) and ``advice``."""
     stopped_by: str | None = None
     """Name of the signal that stopped the run early, such as ``SIGTERM``; a script would then exit
     with 128 + its number. The last checkpoint is the newest state."""
@@ -104,6 +116,7 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
     Raises:
         FloatingPointError: If the loss or the gradient is not finite in bf16 or fp32, where no
             scale can be lowered; the weights are untouched.
+        DeadAdapters: If a part of the model gets no gradient in the first step.
         torch.OutOfMemoryError: If not even a single example fits.
     """
     if window.batch is None:
@@ -124,6 +137,10 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
 
     state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    if state.coverage is None and any(window.images):  # without images, only the text learns
+        state.coverage = gradient_coverage(models.trainable_parameters(state.model))  # sync
+        if state.coverage is not None:
+            check_coverage(state.coverage, state.config.allow_dead_parts)
     grad_norm = clip_grad_norm_(parameters, state.config.max_grad_norm)
     if not state.scaler.is_enabled() and not torch.isfinite(loss + grad_norm):  # sync
         state.optimizer.zero_grad(set_to_none=True)
@@ -294,6 +311,7 @@ def train(
             logger.info("resumed from %s at step %d", checkpoint, state.global_step)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        started_at = state.global_step
         clock = _Clock(state)
 
         bad_rows = BadRows(config.on_bad_row, output_dir / "bad_rows.jsonl")
@@ -342,6 +360,11 @@ def train(
             if reader.is_stream
             else Windows(reader, **options)
         )
+        samples = None
+        if held_out is not None and config.eval_samples:
+            samples = EvalSamples(held_out.reader, config.eval_samples, output_dir)
+        marks = weight_marks(trainable)
+        labels_checked = False
         model.train()
         with (
             loading(windows, first=state.window) as stream,
@@ -361,6 +384,9 @@ def train(
                     if saved_step != state.global_step:
                         save()
                     raise
+                if not labels_checked:
+                    logger.info("%s", check_labels(window, collator))
+                    labels_checked = True
                 try:
                     output = train_step(state, window)
                 except FloatingPointError as error:
@@ -385,6 +411,11 @@ def train(
                 eval_loss = None
                 if held_out is not None and (last or due(state.global_step, config.eval_steps)):
                     record = _evaluate(model, loading(held_out), device, bad_rows)
+                    if config.eval_image_use:
+                        record |= _image_use_record(model, processor, held_out.reader, config)
+                    if samples is not None:
+                        captions = samples.caption(model, config.eval_batch_size)
+                        record["eval_samples"] = captions
                     log(record)
                     eval_loss = record["eval_loss"]
                 if last or due(state.global_step, config.save_steps):
@@ -392,6 +423,11 @@ def train(
             if stop.received is not None and saved_step != state.global_step:
                 save()
 
+        if state.global_step > started_at and (still := unmoved_modules(trainable, marks)):
+            logger.warning(
+                "%d adapters never moved: %s%s",
+                *(len(still), ", ".join(still[:5]), ", ..." if len(still) > 5 else ""),
+            )
         clock.update(state)
         metrics = _metrics(state, _epoch(state, reader))
         best = state.best_checkpoint
@@ -405,6 +441,7 @@ def train(
             metrics=metrics,
             log_history=[*state.log_history, {**metrics, "step": state.global_step}],
             best_checkpoint=best,
+            fp16_ledger=_fp16_ledger(state),
             stopped_by=None if finished or stop.received is None else stop.received.name,
         )
 
@@ -518,6 +555,9 @@ def _training_record(state: TrainState, output: StepOutput, clock: _Clock) -> di
         "learning_rate": output.learning_rate,
         "data_wait_s": clock.data_wait(),
     }
+    if state.scaler.is_enabled():
+        record["loss_scale"] = state.scaler.get_scale()
+        record["skipped_windows"] = state.skipped_windows
     state.loss_sum += loss_sum
     state.unlogged_loss.zero_()
     state.unlogged_steps = 0
@@ -538,10 +578,57 @@ def _report_skip(state: TrainState, window: Window) -> None:
         batches = window.to(state.device).micro_batches(state.micro_batch_size)
         name = first_nonfinite_module(state.model, batches)
     restore_rng(rng, state.device)
+    state.first_nonfinite_module = name
     if name is None:
         logger.warning("its forward pass is finite: the loss scale was too large, as is usual once")
     else:
         logger.warning("the first module with an output that is not finite is %s", name)
+
+
+def _image_use_record(
+    model: PeftModel, processor: models.Processor, reader: RowReader, config: TrainConfig
+) -> dict[str, float]:
+    use = image_use(
+        model,
+        processor,
+        reader.rows,
+        to_example=reader.to_example,
+        max_rows=ROWS_CHECKED,
+        batch_size=config.eval_batch_size,
+        loss_on=config.loss_on,
+        max_length=config.max_length,
+    )
+    logger.log(logging.INFO if use.looks else logging.WARNING, "%s", use)
+    return {
+        "eval_loss_another_image": use.loss["another"],
+        "eval_loss_blank_image": use.loss["blank"],
+        "eval_image_gain": use.gain[0],
+        "eval_looks": float(use.looks),
+    }
+
+
+def _fp16_ledger(state: TrainState) -> dict[str, Any] | None:
+    if not state.scaler.is_enabled():
+        return None
+    share = state.skipped_windows / max(1, state.window)
+    advice = "nothing to do: a few skipped windows at the start are usual"
+    if state.first_nonfinite_module is not None:
+        advice = (
+            f"the output of {state.first_nonfinite_module} overflowed: set precision='bf16' on an "
+            "Ampere GPU or newer, or 'fp32'"
+        )
+    elif share > 0.02 and state.skipped_windows > 3:
+        advice = (
+            f"{share:.0%} of the windows were skipped: set precision='bf16' on an Ampere GPU or "
+            "newer, or lower learning_rate"
+        )
+    return {
+        "loss_scale": state.scaler.get_scale(),
+        "skipped_windows": state.skipped_windows,
+        "skips_in_a_row": state.skips_in_a_row,
+        "first_nonfinite_module": state.first_nonfinite_module,
+        "advice": advice,
+    }
 
 
 def _endless_overflow(state: TrainState) -> FloatingPointError:

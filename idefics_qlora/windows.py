@@ -77,6 +77,8 @@ class Window:
     """``None`` if every row was bad."""
     rows: tuple[int, ...]
     """Row number of each example that could be read, in the order of the window."""
+    batch_rows: tuple[int, ...]
+    """Row number of each example of ``batch``."""
     lengths: tuple[int, ...]
     """Text tokens of each example of ``batch``."""
     images: tuple[int, ...]
@@ -171,29 +173,30 @@ class RowReader:
             position: Where a stream is after them.
         """
         numbers: list[int] = []
-        read: list[tuple[Tokens, list[Tensor]]] = []
+        read: list[tuple[int, Tokens, list[Tensor]]] = []
         bad: list[BadRow] = []
         for number, row, crop_seed in rows:
             name = f"{self.name}[{number}]"
             try:
                 with naming_row(name):
                     row = self.rows[number] if row is ... else row  # type: ignore[index]
-                    read.append(self._convert(row, crop_seed))
+                    read.append((number, *self._convert(row, crop_seed)))
                 numbers.append(number)
             except BadImage as error:
                 bad.append(BadRow(name, error.source.removesuffix(f" of {name}"), error.reason))
             except ValueError as error:
                 bad.append(BadRow(name, name, str(error).removeprefix(f"{name}: ")))
-        read.sort(key=lambda item: len(item[0].ids), reverse=True)  # stable
+        read.sort(key=lambda item: len(item[1].ids), reverse=True)  # stable
         batch = None
         if read:
-            tokens, pixels = zip(*read, strict=True)
+            _, tokens, pixels = zip(*read, strict=True)
             batch = self.collator.collate(tokens, pixels)
         return Window(
             batch=batch,
             rows=tuple(numbers),
-            lengths=tuple(len(tokens.ids) for tokens, _ in read),
-            images=tuple(len(pixels) for _, pixels in read),
+            batch_rows=tuple(number for number, *_ in read),
+            lengths=tuple(len(tokens.ids) for _, tokens, _ in read),
+            images=tuple(len(pixels) for *_, pixels in read),
             num_targets=0 if batch is None else batch.num_targets,
             bad=tuple(bad),
             position=position,

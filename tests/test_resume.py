@@ -266,7 +266,7 @@ def test_other_versions_are_told(base, processor, rows, tmp_path, caplog):
     """Another library may compute other bits: the run goes on and says so."""
     run(base, processor, rows, config_of(tmp_path / "a", max_steps=2))
     snapshot = load_checkpoint(tmp_path / "a" / "checkpoint-2")
-    snapshot.state["versions"]["torch"] = "1.0"
+    snapshot.state["environment"]["versions"]["torch"] = "1.0"
     save(tmp_path / "b" / "checkpoint-2", snapshot)
     run(base, processor, rows, config_of(tmp_path / "b", max_steps=2))
     assert "torch was 1.0 when" in caplog.text

@@ -7,6 +7,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
 import describe_image
+import diagnostics
 import finetune_pokemon_cards
 import full_size
 import loop
@@ -130,3 +131,11 @@ def test_the_loop_benchmark_runs(capsys):
     assert summary["ratio"] > 0
     assert sum(summary["where_time_goes"].values()) == pytest.approx(1.0)
     assert summary["collator"]["ratio"] > 0
+
+
+def test_the_diagnostics_benchmark_reports_a_share(capsys):
+    """It runs small and gives the share of a run that the always-on checks take."""
+    summary = diagnostics.main(["--steps", "3"])
+    assert json.loads(capsys.readouterr().out) == summary
+    assert summary["checks_s"].keys() == {"labels", "coverage", "marks", "unmoved"}
+    assert 0 < summary["share_of_100_steps"] < 1

@@ -1,0 +1,77 @@
+"""What a run runs on: versions, processor, GPU, and the settings that change arithmetic."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+COMPUTING = ("idefics_qlora", "torch", "transformers", "peft", "bitsandbytes")
+"""Packages whose versions decide the bits of a result."""
+OTHERS = ("torchvision", "accelerate", "datasets", "safetensors", "tokenizers", "pillow", "numpy")
+VARIABLES = (
+    *("CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "CUDA_LAUNCH_BLOCKING"),
+    *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "OMP_NUM_THREADS", "BNB_CUDA_VERSION"),
+)
+"""Environment variables that change how, or how fast, things are computed."""
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of this library and of those it computes with."""
+    return {name: version(name) for name in COMPUTING}
+
+
+def environment() -> dict[str, Any]:
+    """A report of the machine and the software, as JSON values, for bug reports and checkpoints.
+
+    It has no names of users, hosts or folders. Print it with ``python -m
+    idefics_qlora.environment``.
+
+    Returns:
+        ``versions`` (of packages, ``None`` where one is not installed, of Python, CUDA and cuDNN),
+        ``platform``, ``cpu`` (cores, threads in use, vector instructions), ``gpus`` (name, memory
+        in bytes, compute capability), ``precision`` (whether TF32 and bf16 are in use or possible)
+        and the ``variables`` that are set.
+    """
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": {
+            **{name: _version(name) for name in (*COMPUTING, *OTHERS)},
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version() if cuda else None,
+        },
+        "platform": platform.platform(terse=True),
+        "cpu": {
+            "architecture": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        },
+        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "precision": {
+            "matmul": torch.get_float32_matmul_precision(),
+            "bf16": torch.cuda.is_bf16_supported() if cuda else None,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        },
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+    }
