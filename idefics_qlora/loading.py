@@ -46,7 +46,7 @@ class Loading(Generic[T]):
         pin: bool = False,
         timeout_s: float | None = None,
     ) -> None:
-        self.number = first
+        self.number = self._first = first
         self.timeout_s = timeout_s
         order: Iterable[int] | None = count(first)
         if isinstance(items, IterableDataset):
@@ -112,16 +112,18 @@ class Loading(Generic[T]):
             if dead:
                 reason = f"ended with exit code {dead[0].exitcode}"
                 raise self._error(reason, dead[0]) from error
-            reason = f"gave nothing for {self.timeout_s:g} s"
-            raise self._error(reason, self._workers[self.number % len(self._workers)]) from error
+            hanging = self._workers[(self.number - self._first) % len(self._workers)]
+            problem = self._error(f"gave nothing for {self.timeout_s:g} s", hanging)
+            hanging.kill()  # it would not end by itself
+            raise problem from error
         self.number += 1
         return item
 
     def _error(self, reason: str, worker: Any) -> LoaderError:
         return LoaderError(
             f"loader worker {worker.name} (process {worker.pid}) {reason} while item {self.number} "
-            "was awaited: a negative exit code is a signal (-9: often the memory ran out); look at "
-            "the rows named, use fewer num_workers, or 0 to see an error where it happens"
+            "was awaited (a negative exit code is a signal; -9 often means that the memory ran out): "
+            "use fewer num_workers, or 0 to see an error where it happens"
         )
 
 

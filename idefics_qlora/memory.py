@@ -31,11 +31,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, IdeficsConfig, IdeficsForVisionText2Text
+from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from idefics_qlora.config import Optim, Precision
-from idefics_qlora.model import DTYPES, NOT_QUANTIZED, _checked_source, add_lora
+from idefics_qlora.model import DTYPES, NOT_QUANTIZED, add_lora, load_config
 
 CARDS = (16, 24, 40, 80)
 """Nominal sizes of common cards in GB."""
@@ -295,14 +295,7 @@ def _configuration(
 ) -> IdeficsConfig:
     if isinstance(checkpoint, IdeficsConfig):
         return copy.deepcopy(checkpoint)  # building a model writes into its configuration
-    name = _checked_source(checkpoint)
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    if not isinstance(config, IdeficsConfig):
-        raise ValueError(
-            f"{name} is a {config.model_type!r} checkpoint: expected the 'idefics' architecture "
-            "(idefics-9b, idefics-9b-instruct, idefics-80b, ...)"
-        )
-    return config
+    return load_config(checkpoint, revision)[1]
 
 
 # --- the model, without data ---------------------------------------------------------------------

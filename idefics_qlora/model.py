@@ -81,13 +81,7 @@ def load_model(
         ValueError: If the checkpoint holds another architecture.
         RuntimeError: If the GPU's memory does not suffice.
     """
-    name = _checked_source(checkpoint)
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    if not isinstance(config, IdeficsConfig):
-        raise ValueError(
-            f"{name} is a {config.model_type!r} checkpoint: expected the 'idefics' architecture "
-            "(idefics-9b, idefics-9b-instruct, idefics-80b, ...)"
-        )
+    name, _ = load_config(checkpoint, revision)
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -397,6 +391,25 @@ def training_flops(config: IdeficsConfig, num_tokens: int, num_images: int) -> f
         per_image += perceiver.resampler_depth * (queries + keys_values + latents * 8 * width**2)
     per_image += cross_layers * latents * 2 * width * hidden
     return 4.0 * (per_token * num_tokens + per_image * num_images)
+
+
+def load_config(
+    checkpoint: str | os.PathLike[str], revision: str | None = None
+) -> tuple[str, IdeficsConfig]:
+    """The Hub id or folder of a checkpoint, and its configuration.
+
+    Raises:
+        FileNotFoundError: If a local folder, or its ``config.json``, does not exist.
+        ValueError: If the checkpoint holds another architecture.
+    """
+    name = _checked_source(checkpoint)
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    if not isinstance(config, IdeficsConfig):
+        raise ValueError(
+            f"{name} is a {config.model_type!r} checkpoint: expected the 'idefics' architecture "
+            "(idefics-9b, idefics-9b-instruct, idefics-80b, ...)"
+        )
+    return name, config
 
 
 def _attach(model: IdeficsForVisionText2Text, config: LoraConfig) -> PeftModel:

@@ -380,9 +380,14 @@ def train(
                     seen = state.num_seen + len(window.rows) + len(window.bad)
                     num_bad = state.num_bad_rows + len(window.bad)
                     bad_rows.check_share(num_bad, max(seen, ROWS_CHECKED))
-                except (LoaderError, ValueError):
+                except (LoaderError, ValueError) as error:
                     if saved_step != state.global_step:
                         save()
+                    if isinstance(error, LoaderError) and isinstance(windows, Windows):
+                        rows = [row for _, row in windows.positions(state.window)]
+                        raise LoaderError(
+                            f"{error}; it is the window of the rows {rows}"
+                        ) from error
                     raise
                 if not labels_checked:
                     logger.info("%s", check_labels(window, collator))
