@@ -23,7 +23,15 @@ T = TypeVar("T", covariant=True)
 
 
 class LoaderError(RuntimeError):
-    """A loader worker died or hangs; the message names it and what it was to load."""
+    """A loader worker died or hangs; the message names it.
+
+    Attributes:
+        items: Numbers of the items of which it was loading one.
+    """
+
+    def __init__(self, message: str, items: range) -> None:
+        super().__init__(message)
+        self.items = items
 
 
 class Loading(Generic[T]):
@@ -93,9 +101,7 @@ class Loading(Generic[T]):
         Raises:
             LoaderError: If a worker died, or did not give the item in time.
         """
-        dead = [worker for worker in self._workers if not worker.is_alive()]
-        if dead:
-            raise self._error(f"ended with exit code {dead[0].exitcode}", dead[0])
+        self._check_alive()
         try:
             with _child_signals():
                 if self._iterator is None:  # the workers start with the first item
@@ -108,23 +114,28 @@ class Loading(Generic[T]):
         except RuntimeError as error:
             if not str(error).startswith("DataLoader"):
                 raise
-            dead = [worker for worker in self._workers if not worker.is_alive()]
-            if dead:
-                reason = f"ended with exit code {dead[0].exitcode}"
-                raise self._error(reason, dead[0]) from error
+            self._check_alive()
             hanging = self._workers[(self.number - self._first) % len(self._workers)]
-            problem = self._error(f"gave nothing for {self.timeout_s:g} s", hanging)
+            name = f"loader worker {hanging.name} (process {hanging.pid})"
             hanging.kill()  # it would not end by itself
-            raise problem from error
+            raise LoaderError(
+                f"{name} gave nothing for {self.timeout_s:g} s: a row is never read to its end, or "
+                "loader_timeout_s is too short",
+                range(self.number, self.number + 1),
+            ) from error
         self.number += 1
         return item
 
-    def _error(self, reason: str, worker: Any) -> LoaderError:
-        return LoaderError(
-            f"loader worker {worker.name} (process {worker.pid}) {reason} while item {self.number} "
-            "was awaited (a negative exit code is a signal; -9 often means that the memory ran out): "
-            "use fewer num_workers, or 0 to see an error where it happens"
-        )
+    def _check_alive(self) -> None:
+        for worker in self._workers:
+            if not worker.is_alive():
+                in_flight = (self._loader.prefetch_factor or 1) * len(self._workers)
+                raise LoaderError(
+                    f"loader worker {worker.name} (process {worker.pid}) ended with exit code "
+                    f"{worker.exitcode} (a negative one is a signal, -9 often no memory left): use "
+                    "fewer num_workers, or 0 to see an error where it happens",
+                    range(self.number, self.number + in_flight),
+                )
 
 
 class _Order(Sampler[int]):

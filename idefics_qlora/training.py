@@ -384,10 +384,9 @@ def train(
                     if saved_step != state.global_step:
                         save()
                     if isinstance(error, LoaderError) and isinstance(windows, Windows):
-                        rows = [row for _, row in windows.positions(state.window)]
-                        raise LoaderError(
-                            f"{error}; it is the window of the rows {rows}"
-                        ) from error
+                        rows = sorted({r for w in error.items for _, r in windows.positions(w)})
+                        message = f"{error}; it was reading one of the rows {rows}"
+                        raise LoaderError(message, error.items) from error
                     raise
                 if not labels_checked:
                     logger.info("%s", check_labels(window, collator))

@@ -403,7 +403,7 @@ def test_a_lost_loader_worker_is_found(base, processor, examples, tmp_path, how,
     config = {"loader_timeout_s": 1.0, "load_best_model_at_end": False, "save_steps": 6}
     model = iq.add_lora(copy.deepcopy(base))
     dead = Deadly(examples[:12], how).deadly
-    with pytest.raises(LoaderError, match=rf"{message}.* window of the rows \[.*\b{dead}\b"):
+    with pytest.raises(LoaderError, match=rf"{message}.* one of the rows \[.*\b{dead}\b"):
         iq.train(
             model, processor, Deadly(examples[:12], how),
             config=config_of(tmp_path / "a", **config, num_workers=1),
