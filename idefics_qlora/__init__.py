@@ -13,6 +13,7 @@ from idefics_qlora import images, metrics, tiny
 from idefics_qlora.checkpoint import latest_checkpoint
 from idefics_qlora.config import TrainConfig
 from idefics_qlora.diagnostics import DeadAdapters, ImageUse, image_use
+from idefics_qlora.evaluation import evaluate
 from idefics_qlora.examples import Captions, Example
 from idefics_qlora.generation import generate
 from idefics_qlora.images import BadImage
@@ -20,8 +21,9 @@ from idefics_qlora.machine import environment
 from idefics_qlora.memory import MemoryEstimate, estimate_memory
 from idefics_qlora.model import add_lora, load_finetuned, load_model
 from idefics_qlora.preview import Preview, preview_batch
+from idefics_qlora.run import TrainResult
 from idefics_qlora.sources import load_rows
-from idefics_qlora.training import TrainResult, evaluate, train
+from idefics_qlora.training import train
 
 __all__ = [
     "BadImage",

@@ -1,0 +1,94 @@
+"""The loss on held-out rows."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from idefics_qlora import model as models
+from idefics_qlora.batches import Collator
+from idefics_qlora.config import LossOn, OnBadRow
+from idefics_qlora.examples import ToExample
+from idefics_qlora.faults import BadRows
+from idefics_qlora.loading import Loading
+from idefics_qlora.loss import summed_cross_entropy
+from idefics_qlora.windows import EvalBatches, RowReader, Rows, Window
+
+
+def evaluate(
+    model: models.Model,
+    processor: models.Processor,
+    rows: Rows,
+    *,
+    to_example: ToExample | None = None,
+    batch_size: int = 2,
+    loss_on: LossOn = "completion",
+    max_length: int | None = None,
+    on_bad_row: OnBadRow = "skip",
+    num_workers: int = 0,
+) -> dict[str, Any]:
+    """Loss of a model on held-out rows.
+
+    The mode of every module (training or evaluation) is restored, and no random number is drawn,
+    so an evaluation does not change what training does next.
+
+    Args:
+        model: The base, or the base with an adapter.
+        processor: The base's processor.
+        rows: Rows to evaluate on.
+        to_example: As in ``train``.
+        batch_size: Examples in one forward pass.
+        loss_on: Which text tokens are targets.
+        max_length: Text tokens of an example at most, as in :class:`~idefics_qlora.TrainConfig`.
+        on_bad_row: What to do with a row that cannot be read: ``skip`` or ``raise``.
+        num_workers: Processes that load batches ahead.
+
+    Returns:
+        ``eval_loss`` (cross-entropy per target token over all rows together, in nats),
+        ``eval_runtime`` (s), ``eval_samples_per_second`` and ``eval_steps_per_second`` (batches);
+        ``eval_bad_rows`` if any rows were left out.
+
+    Raises:
+        ValueError: If there are no rows, or a row is bad and ``on_bad_row`` says so, or more than
+            5 % are.
+    """
+    collator = Collator(processor, loss_on, models.num_embeddings(model), max_length)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
+    batches = EvalBatches(RowReader(rows, "rows", to_example, collator), batch_size)
+    device = next(model.parameters()).device
+    loading = Loading(batches, num_workers=num_workers, pin=device.type == "cuda")
+    return mean_loss(model, loading, device, BadRows(on_bad_row))
+
+
+def mean_loss(
+    model: models.Model, loading: Loading[Window], device: torch.device, bad_rows: BadRows
+) -> dict[str, Any]:
+    """Loss per target token over all windows together; otherwise as :func:`evaluate`."""
+    started = time.perf_counter()
+    num_batches = num_examples = num_targets = num_bad = 0
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with models.evaluation_mode(model), loading as windows:
+        for window in windows:
+            num_bad += len(window.bad)
+            bad_rows.note(window.bad)
+            if window.batch is None:
+                continue
+            num_batches += 1
+            num_examples += len(window.rows)
+            num_targets += window.num_targets
+            batch = window.batch.to(device)
+            logits = model(**batch.inputs(), use_cache=False).logits
+            total += summed_cross_entropy(logits, batch.labels)
+    bad_rows.check_share(num_bad, num_examples + num_bad)
+    loss = total.item() / num_targets  # sync
+    seconds = time.perf_counter() - started
+    record = {
+        "eval_loss": loss,
+        "eval_runtime": seconds,
+        "eval_samples_per_second": num_examples / seconds,
+        "eval_steps_per_second": num_batches / seconds,
+    }
+    return record | ({"eval_bad_rows": num_bad} if num_bad else {})

@@ -1,0 +1,563 @@
+"""What goes on around the loop: windows coming in, the log, evaluations, checkpoints, the result.
+
+The loop itself is in ``training.py``; a :class:`Run` does for it all that is no mathematics.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from idefics_qlora import model as models
+from idefics_qlora.batches import Collator
+from idefics_qlora.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    clear_leftovers,
+    latest_checkpoint,
+    load_checkpoint,
+    rotate,
+    save_checkpoint,
+    set_aside,
+)
+from idefics_qlora.config import TrainConfig
+from idefics_qlora.diagnostics import (
+    EvalSamples,
+    check_labels,
+    image_use,
+    unmoved_modules,
+    weight_marks,
+)
+from idefics_qlora.evaluation import mean_loss
+from idefics_qlora.examples import ToExample
+from idefics_qlora.faults import BadRows, StopSignals, first_nonfinite_module
+from idefics_qlora.loading import LoaderError, Loading
+from idefics_qlora.optim import make_optimizer
+from idefics_qlora.state import TrainState, restore_rng, rng_tensors
+from idefics_qlora.windows import (
+    EvalBatches,
+    Fingerprint,
+    RowReader,
+    Rows,
+    StreamedWindows,
+    Window,
+    Windows,
+    epoch_order,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPS_IN_A_ROW = 25
+ROWS_CHECKED = 64
+"""Rows of each kind that are read before training starts, in the order of their use."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    global_step: int
+    """Optimizer steps done."""
+    training_loss: float
+    """Mean loss of all steps, in nats per target token."""
+    metrics: dict[str, float]
+    """``train_runtime`` (s), ``train_samples_per_second``, ``train_steps_per_second``,
+    ``train_tokens_per_second`` (text tokens), ``train_loss``, ``epoch``, ``total_flos``,
+    ``skipped_windows``, ``bad_rows`` (left out of windows, each time counted),
+    ``micro_batch_size`` (at the end), all over the whole run, and
+    ``peak_memory_bytes`` (of the GPU, or of the process on a CPU)."""
+    log_history: list[dict[str, Any]]
+    """Every log record, in order."""
+    best_checkpoint: Path | None
+    """The checkpoint with the lowest ``eval_loss``."""
+    fp16_ledger: dict[str, Any] | None = None
+    """In fp16: ``loss_scale``, ``skipped_windows``, ``skips_in_a_row`` (at the end),
+    ``first_nonfinite_module`` (``None`` if every forward pass was finite) and ``advice``."""
+    stopped_by: str | None = None
+    """Name of the signal that stopped the run early, such as ``SIGTERM``; a script would then exit
+    with 128 + its number. The last checkpoint is the newest state."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run was given, checked; nothing has been changed or written yet."""
+
+    model: PeftModel
+    processor: models.Processor
+    config: TrainConfig
+    reader: RowReader
+    held_out: EvalBatches | None
+    total_steps: int
+    origin: dict[str, Any]
+    """Fingerprints of ``base``, ``train_rows`` and ``eval_rows``."""
+
+
+def check_inputs(
+    model: PeftModel,
+    processor: models.Processor,
+    train_rows: Rows,
+    eval_rows: Rows | None,
+    config: TrainConfig,
+    to_example: ToExample | None,
+) -> Inputs:
+    """See that rows, model and settings go together, and read the first rows.
+
+    Raises:
+        ValueError: If they do not; the message names the row or the field.
+    """
+    if eval_rows is None and config.load_best_model_at_end:
+        raise ValueError(
+            f"load_best_model_at_end=True needs eval_rows to find the best checkpoint (every "
+            f"eval_steps={config.eval_steps} steps), but there are none: pass eval_rows, or set "
+            "load_best_model_at_end=False"
+        )
+    models.trainable_parameters(model)
+    collator = Collator(processor, config.loss_on, models.num_embeddings(model), config.max_length)
+    reader = RowReader(train_rows, "train_rows", to_example, collator)
+    if reader.is_stream and config.max_steps is None:
+        raise ValueError("max_steps=None: a stream of rows has no length, so say how many steps")
+    total_steps = config.max_steps or config.total_steps(len(reader))
+    if config.warmup_steps > total_steps:
+        raise ValueError(
+            f"warmup_steps={config.warmup_steps} is more than the {total_steps} steps that "
+            f"num_train_epochs={config.num_train_epochs} comes to: the learning rate would never "
+            "reach its peak"
+        )
+    origin: dict[str, Any] = {
+        "base": models.base_fingerprint(model),
+        "train_rows": _first_rows(reader, config),
+        "eval_rows": None,
+    }
+    held_out = None
+    if eval_rows is not None:
+        eval_reader = RowReader(eval_rows, "eval_rows", to_example, collator)
+        held_out = EvalBatches(eval_reader, config.eval_batch_size)
+        origin["eval_rows"] = _first_rows(eval_reader, config)
+    return Inputs(model, processor, config, reader, held_out, total_steps, origin)
+
+
+class Run:
+    """A run from its beginning or its newest checkpoint on, in a folder that it has to itself.
+
+    Args:
+        inputs: As :func:`check_inputs` gave them.
+        on_log: Called with every log record.
+        stop: Knows whether a signal has asked the run to stop.
+        background: Deletes old checkpoints.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        on_log: Callable[[dict[str, Any]], None] | None,
+        stop: StopSignals,
+        background: Executor,
+    ) -> None:
+        config, model = inputs.config, inputs.model
+        self.inputs = inputs
+        self.config = config
+        self.folder = Path(config.output_dir)
+        self.stop = stop
+        self._on_log = on_log
+        self._background = background
+        clear_leftovers(self.folder)
+        torch.manual_seed(config.seed)  # dropout
+        models.set_compute_dtype(model, models.DTYPES[config.precision])
+        models.set_activation_checkpointing(model, config.gradient_checkpointing)
+        self._trainable = models.trainable_parameters(model)
+        device = next(iter(self._trainable.values())).device
+        self.state = TrainState(
+            model=model,
+            optimizer=make_optimizer(self._trainable.values(), config),
+            scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+            config=config,
+            total_steps=inputs.total_steps,
+            device=device,
+            origin=inputs.origin,
+            unlogged_loss=torch.zeros((), dtype=torch.float64, device=device),
+        )
+        if (checkpoint := _resume_from(config)) is not None:
+            self.state.restore(load_checkpoint(checkpoint), checkpoint)
+            set_aside(self.folder, newer_than=checkpoint)
+            logger.info("resumed from %s at step %d", checkpoint, self.state.global_step)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self._first_step = self._saved_step = self.state.global_step
+        self._clock = _Clock(self.state)
+        self._bad_rows = BadRows(config.on_bad_row, self.folder / "bad_rows.jsonl")
+        self._loading = partial(
+            Loading,
+            num_workers=config.num_workers,
+            pin=device.type == "cuda",
+            timeout_s=config.loader_timeout_s,
+        )
+        self._samples = None
+        if inputs.held_out is not None and config.eval_samples:
+            self._samples = EvalSamples(inputs.held_out.reader, config.eval_samples, self.folder)
+        self._marks = weight_marks(self._trainable)
+        self._labels_checked = False
+        model.train()
+
+    def windows(self) -> Loading[Window]:
+        """The windows from the state's next one on."""
+        options: dict[str, Any] = {
+            "seed": self.config.seed,
+            "global_batch_size": self.config.global_batch_size,
+            "augment": self.config.augment,
+        }
+        reader, state = self.inputs.reader, self.state
+        if reader.is_stream:
+            streamed = StreamedWindows(reader, **options, position=state.position)
+            return self._loading(streamed, first=state.window)
+        return self._loading(Windows(reader, **options), first=state.window)
+
+    def next_window(self, windows: Loading[Window]) -> Window:
+        """Wait for the next window; note its bad rows, and look at the labels of the first.
+
+        Raises:
+            LoaderError: If a loader worker is lost; the message names the rows it may have read.
+            ValueError: If too many rows are bad, or labels are wrong.
+        """
+        state = self.state
+        try:
+            with self._clock.waiting():
+                window = next(windows)
+            self._bad_rows.note(window.bad)
+            num_bad = state.num_bad_rows + len(window.bad)
+            num_seen = state.num_seen + len(window.rows) + len(window.bad)
+            self._bad_rows.check_share(num_bad, max(num_seen, ROWS_CHECKED))
+        except (LoaderError, ValueError) as error:
+            self.save_if_new()
+            if isinstance(error, LoaderError) and not self.inputs.reader.is_stream:
+                rows = self._rows_of(error.items)
+                message = f"{error}; it was reading one of the rows {rows}"
+                raise LoaderError(message, error.items) from error
+            raise
+        if not self._labels_checked:
+            logger.info("%s", check_labels(window, self.inputs.reader.collator))
+            self._labels_checked = True
+        return window
+
+    def _rows_of(self, numbers: Iterable[int]) -> list[int]:
+        config = self.config
+        windows = Windows(
+            self.inputs.reader,
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            augment=config.augment,
+        )
+        return sorted({row for number in numbers for _, row in windows.positions(number)})
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Add a record to the history, with the epoch and the step, and hand it out."""
+        record |= {"epoch": round(self.epoch(), 4), "step": self.state.global_step}
+        if self.state.num_bad_rows:
+            record["bad_rows"] = self.state.num_bad_rows
+        self.state.log_history.append(record)
+        if self._on_log is not None:
+            self._on_log(dict(record))
+
+    def log_training(self, grad_norm: Tensor, learning_rate: float) -> float:
+        """Log the mean loss since the last such record; returns it."""
+        state = self.state
+        loss_sum = state.unlogged_loss.item()  # sync
+        record = {
+            "loss": loss_sum / state.unlogged_steps,
+            "grad_norm": grad_norm.item(),
+            "learning_rate": learning_rate,
+            "data_wait_s": self._clock.data_wait(),
+        }
+        if state.scaler.is_enabled():
+            record["loss_scale"] = state.scaler.get_scale()
+            record["skipped_windows"] = state.skipped_windows
+        state.loss_sum += loss_sum
+        state.unlogged_loss.zero_()
+        state.unlogged_steps = 0
+        self.log(record)
+        return float(record["loss"])
+
+    def evaluate(self) -> float:
+        """Log an evaluation; returns its loss."""
+        config, model, held_out = self.config, self.inputs.model, self.inputs.held_out
+        assert held_out is not None
+        record = mean_loss(model, self._loading(held_out), self.state.device, self._bad_rows)
+        if config.eval_image_use:
+            use = image_use(
+                model,
+                self.inputs.processor,
+                held_out.reader.rows,
+                to_example=held_out.reader.to_example,
+                max_rows=ROWS_CHECKED,
+                batch_size=config.eval_batch_size,
+                loss_on=config.loss_on,
+                max_length=config.max_length,
+            )
+            logger.log(logging.INFO if use.looks else logging.WARNING, "%s", use)
+            record["eval_loss_another_image"] = use.loss["another"]
+            record["eval_loss_blank_image"] = use.loss["blank"]
+            record["eval_image_gain"] = use.gain[0]
+            record["eval_looks"] = float(use.looks)
+        if self._samples is not None:
+            record["eval_samples"] = self._samples.caption(model, config.eval_batch_size)
+        self.log(record)
+        return float(record["eval_loss"])
+
+    def save(self, eval_loss: float | None = None) -> None:
+        """Write ``checkpoint-<step>``, the best so far if ``eval_loss`` is the lowest; rotate.
+
+        Raises:
+            OSError: If it cannot be written and ``on_save_error`` says so, or the run ends here.
+        """
+        state = self.state
+        self._clock.update(state)
+        folder = self.folder / f"checkpoint-{state.global_step}"
+        best_before = state.best_metric, state.best_checkpoint
+        best_metric = float("inf") if state.best_metric is None else state.best_metric
+        if eval_loss is not None and eval_loss < best_metric:
+            state.best_metric, state.best_checkpoint = eval_loss, folder
+        try:
+            save_checkpoint(folder, state.snapshot())
+        except OSError as error:
+            state.best_metric, state.best_checkpoint = best_before
+            message = f"{folder} cannot be written ({error}); earlier checkpoints are whole"
+            ends = state.global_step == state.total_steps or self.stop.received is not None
+            if ends or self.config.on_save_error == "raise":
+                raise OSError(
+                    error.errno,
+                    f"{message}; make room, then start the script again: it goes on from the "
+                    "newest checkpoint",
+                ) from error
+            logger.error("%s; training goes on and tries again later", message)
+        else:
+            self._saved_step = state.global_step
+            protected = {folder, state.best_checkpoint}
+            rotate(self.folder, self.config.save_total_limit, protected, self._background)
+
+    def save_if_new(self) -> None:
+        """Save, unless the last step is saved already: the windows since then are only replayed."""
+        if self.state.global_step != self._saved_step:
+            self.save()
+
+    def report_skip(self, window: Window) -> None:
+        """Tell of a window whose fp16 gradients overflowed.
+
+        Raises:
+            FloatingPointError: If it is one of too many in a row; the state is saved.
+        """
+        state = self.state
+        logger.warning(
+            "window %d skipped: its fp16 gradients overflowed; loss scale now %g",
+            *(state.window - 1, state.scaler.get_scale()),
+        )
+        if state.skipped_windows == 1:
+            self._explain_overflow(window)
+        if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
+            error = _endless_overflow(state)
+            state.skips_in_a_row = 0  # a resumed run may try as often again
+            self.save_if_new()
+            raise error
+
+    def _explain_overflow(self, window: Window) -> None:
+        # Once a run, the pass is done again to say where it was, with the same dropout masks.
+        state = self.state
+        rng = rng_tensors(state.device)
+        restore_rng(state.window_rng, state.device)
+        with models.autocast(state.device, models.DTYPES[self.config.precision]):
+            batches = window.to(state.device).micro_batches(state.micro_batch_size)
+            state.first_nonfinite_module = first_nonfinite_module(state.model, batches)
+        restore_rng(rng, state.device)
+        if state.first_nonfinite_module is None:
+            logger.warning("its forward pass is finite: the scale was too large, as is usual once")
+        else:
+            logger.warning(
+                "the first module with an output that is not finite is %s",
+                state.first_nonfinite_module,
+            )
+
+    def dump(self, window: Window) -> str:
+        """Save what led to a value that is not finite; the words that tell where."""
+        state = self.state
+        folder = self.folder / f"failed-window-{state.window}"
+        names = ("input_ids", "attention_mask", "labels", "pixel_values", "image_attention_mask")
+        tensors = {name: getattr(window.batch, name) for name in names}
+        try:
+            save_checkpoint(folder, state.snapshot(rng=state.window_rng), extra=tensors)
+        except OSError as error:
+            return f"the state before it could not be saved ({error})"
+        return (
+            f"the state before it is in {folder}, with the window's tensors in extra.safetensors: "
+            f"resume={str(folder)!r} does the window again"
+        )
+
+    def epoch(self) -> float:
+        """Passes over the training rows so far; of a stream, those that are complete."""
+        if self.inputs.reader.is_stream:
+            return float(self.state.position["epoch"]) if self.state.position else 0.0
+        return self.state.num_seen / len(self.inputs.reader)
+
+    def result(self) -> TrainResult:
+        """What the run came to; loads the best adapter if it has finished."""
+        state, model = self.state, self.inputs.model
+        still = unmoved_modules(self._trainable, self._marks)
+        if still and state.global_step > self._first_step:
+            names = ", ".join(still[:5]) + (", ..." if len(still) > 5 else "")
+            logger.warning("%d adapters never moved: %s", len(still), names)
+        self._clock.update(state)
+        metrics = _metrics(state, self.epoch())
+        finished = state.global_step == state.total_steps
+        if finished and self.config.load_best_model_at_end:
+            _load_best(model, state.best_checkpoint)
+        model.eval()
+        stopped = None if finished else self.stop.received
+        return TrainResult(
+            global_step=state.global_step,
+            training_loss=metrics["train_loss"],
+            metrics=metrics,
+            log_history=[*state.log_history, {**metrics, "step": state.global_step}],
+            best_checkpoint=state.best_checkpoint,
+            fp16_ledger=_fp16_ledger(state),
+            stopped_by=None if stopped is None else stopped.name,
+        )
+
+
+def _first_rows(reader: RowReader, config: TrainConfig) -> Fingerprint:
+    """The rows' fingerprint; raises if the rows are bad, before any training starts."""
+    order: Iterable[int] = ()
+    if not reader.is_stream:
+        in_order = reader.name == "eval_rows"
+        order = range(len(reader)) if in_order else epoch_order(config.seed, 0, len(reader))
+    fingerprint, bad = reader.first_rows(map(int, order), ROWS_CHECKED)
+    rows = BadRows(config.on_bad_row)
+    rows.note(bad)
+    rows.check_share(len(bad), len(fingerprint["first"]))
+    return fingerprint
+
+
+def _fp16_ledger(state: TrainState) -> dict[str, Any] | None:
+    if not state.scaler.is_enabled():
+        return None
+    share = state.skipped_windows / max(1, state.window)
+    advice = "nothing to do: a few skipped windows at the start are usual"
+    if state.first_nonfinite_module is not None:
+        advice = (
+            f"the output of {state.first_nonfinite_module} overflowed: set precision='bf16' on an "
+            "Ampere GPU or newer, or 'fp32'"
+        )
+    elif share > 0.02 and state.skipped_windows > 3:
+        advice = (
+            f"{share:.0%} of the windows were skipped: set precision='bf16' on an Ampere GPU or "
+            "newer, or lower learning_rate"
+        )
+    return {
+        "loss_scale": state.scaler.get_scale(),
+        "skipped_windows": state.skipped_windows,
+        "skips_in_a_row": state.skips_in_a_row,
+        "first_nonfinite_module": state.first_nonfinite_module,
+        "advice": advice,
+    }
+
+
+def _endless_overflow(state: TrainState) -> FloatingPointError:
+    return FloatingPointError(
+        f"{state.skips_in_a_row} windows in a row had fp16 gradients that overflow, the loss scale "
+        f"has fallen to {state.scaler.get_scale():g}, and nothing is learnt (step "
+        f"{state.global_step}): set precision='bf16' (on an Ampere GPU or newer) or 'fp32' and "
+        "start again, which goes on from the newest checkpoint, or lower learning_rate"
+    )
+
+
+def _load_best(model: PeftModel, best: Path | None) -> None:
+    if best is None:
+        logger.warning("no evaluation gave a finite loss: the last adapter stays, not the best")
+        return
+    try:
+        models.load_adapter(model, load_checkpoint(best).adapter, str(best))
+    except CheckpointError as error:
+        logger.error("the best checkpoint is damaged (%s): the last adapter stays", error)
+
+
+def _resume_from(config: TrainConfig) -> Path | None:
+    if config.resume == "auto":
+        return latest_checkpoint(config.output_dir)
+    if config.resume == "never":
+        if existing := checkpoints(config.output_dir):
+            raise ValueError(
+                f"resume='never', but {existing[-1]} exists: choose another output_dir, delete the "
+                "old run, or continue it with resume='auto'"
+            )
+        return None
+    folder = Path(config.resume)
+    if not folder.is_dir():
+        there = [path.name for path in checkpoints(folder.parent)]
+        raise ValueError(
+            f"resume={str(folder)!r} is no folder: expected a checkpoint, 'auto' or 'never'; "
+            f"{str(folder.parent)!r} has {', '.join(there) or 'no checkpoints'}"
+        )
+    return folder
+
+
+class _Clock:
+    """Time of this process's part of a run."""
+
+    def __init__(self, state: TrainState) -> None:
+        self._start = time.perf_counter() - state.seconds
+        self._waited = 0.0
+        self._windows = 0
+
+    def update(self, state: TrainState) -> None:
+        state.seconds = time.perf_counter() - self._start
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent in this block is time the device waits for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+        self._windows += 1
+
+    def data_wait(self) -> float:
+        """Mean seconds of waiting per window since the last call."""
+        mean = self._waited / max(1, self._windows)
+        self._waited, self._windows = 0.0, 0
+        return mean
+
+
+def _metrics(state: TrainState, epoch: float) -> dict[str, float]:
+    seconds = max(state.seconds, 1e-9)
+    flops = models.training_flops(
+        state.model.get_base_model().config, state.num_tokens, state.num_images
+    )
+    loss_sum = state.loss_sum + state.unlogged_loss.item()
+    return {
+        "train_runtime": state.seconds,
+        "train_samples_per_second": state.num_examples / seconds,
+        "train_steps_per_second": state.global_step / seconds,
+        "train_tokens_per_second": state.num_tokens / seconds,
+        "train_loss": loss_sum / max(1, state.global_step),
+        "epoch": epoch,
+        "total_flos": flops,
+        "skipped_windows": state.skipped_windows,
+        "bad_rows": state.num_bad_rows,
+        "micro_batch_size": state.micro_batch_size,
+        "peak_memory_bytes": peak_memory_bytes(state.device),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: allocated on the GPU, or resident in a process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
