@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import groupby, pairwise, takewhile
+from itertools import groupby, pairwise, repeat, takewhile
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -278,16 +279,17 @@ class Collator:
         return harmless
 
     def _encode(self, rows: Sequence[Sequence[_Piece]]) -> list[Tokens]:
+        # Where a token stands in the text matters only for targets; without, it is twice as fast.
+        has_targets = any(piece.is_target for pieces in rows for piece in pieces)
         encoded = self.tokenizer(
             ["".join(piece.text for piece in pieces) for pieces in rows],
             add_special_tokens=False,
             return_attention_mask=False,
-            return_offsets_mapping=True,
+            return_offsets_mapping=has_targets,
         )
+        every_span = encoded["offset_mapping"] if has_targets else repeat(())
         tokens = []
-        for pieces, ids, spans in zip(
-            rows, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
+        for pieces, ids, spans in zip(rows, encoded["input_ids"], every_span, strict=False):
             largest = max(ids)
             if self.num_embeddings is not None and largest >= self.num_embeddings:
                 token = self.tokenizer.convert_ids_to_tokens(largest)
@@ -303,6 +305,9 @@ class Collator:
                     f"the text would be read as the control tokens {names}, where {control} are "
                     "meant: remove them from the text"
                 )
+            if not has_targets:
+                tokens.append(Tokens(ids, [False] * len(ids)))
+                continue
             # A token that spans a border is learnt: the model has to say it.
             learnt = [piece.is_target for piece in pieces for _ in piece.text]
             is_target = [any(learnt[start : max(end, start + 1)]) for start, end in spans]
@@ -374,13 +379,15 @@ class Collator:
         else:
             is_token = columns >= (columns.numel() - lengths)[:, None]
         input_ids = torch.full(is_token.shape, self.tokenizer.pad_token_id)
-        input_ids[is_token] = torch.tensor([i for row in tokens for i in row.ids])
+        ids = np.concatenate([np.array(row.ids, dtype=np.int64) for row in tokens])
+        input_ids[is_token] = torch.from_numpy(ids)
 
         if self.loss_on == "all":
             is_target = is_token
         else:
             is_target = torch.zeros_like(is_token)
-            is_target[is_token] = torch.tensor([t for row in tokens for t in row.is_target])
+            targets = np.concatenate([np.array(row.is_target, dtype=bool) for row in tokens])
+            is_target[is_token] = torch.from_numpy(targets)
         is_target = is_target & ~torch.isin(input_ids, self.never_target)
 
         most_images = max(1, *(len(row) for row in pixels))
