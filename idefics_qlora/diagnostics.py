@@ -65,9 +65,15 @@ def gradient_coverage(parameters: Mapping[str, Parameter]) -> Coverage | None:
     One of a module's matrices is enough: while ``lora_B`` is zero, ``lora_A`` has none.
 
     Args:
-        parameters: The trainable parameters by name, with their gradients.
+        parameters: The model's parameters by name, with their gradients; all but LoRA matrices are
+            passed over. A frozen matrix counts as one without gradient.
     """
+    parameters = {name: p for name, p in parameters.items() if ".lora_" in name}
+    if not parameters:
+        return Coverage({})
     with_gradient = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    if not with_gradient:
+        return Coverage({module_of(name): False for name in parameters})
     norms = torch.stack(torch._foreach_norm(list(with_gradient.values())))
     sizes = dict(zip(with_gradient, norms.tolist(), strict=True))  # sync
     if not all(np.isfinite(list(sizes.values()))):
@@ -120,6 +126,8 @@ def unmoved_modules(parameters: Mapping[str, Parameter], before: Tensor) -> list
     moved = (weight_marks(parameters) != before).any(dim=0).tolist()  # sync
     modules: dict[str, bool] = {}
     for name, has_moved in zip(parameters, moved, strict=True):
+        if ".lora_" not in name:
+            continue
         module = module_of(name)
         modules[module] = modules.get(module, False) or has_moved
     return [name for name, has_moved in modules.items() if not has_moved]
@@ -214,10 +222,15 @@ class ImageUse:
             f"; {name} right {share['own']:.0%}, with another picture {share['another']:.0%}"
             for name, share in self.fields.items()
         )
-        verdict = "This model looks at the pictures" if self.looks else (
-            "This model does not look at the pictures: it answers as well with those of other rows"
-        )  # fmt: skip
-        return f"{verdict}: {losses}{fields}" if self.looks else f"{verdict} ({losses}{fields})"
+        if self.looks:
+            verdict = "This model looks at the pictures"
+        elif self.gain[0] > 0 and self.gain[2] > 0.01 * own:
+            verdict = f"{self.num_rows} rows cannot tell whether this model looks at the pictures"
+        else:
+            verdict = (
+                "This model does not look at the pictures, it answers as well with those of others"
+            )
+        return f"{verdict}: {losses}{fields}"
 
 
 def image_use(
@@ -262,6 +275,7 @@ def image_use(
     """
     collator = Collator(processor, loss_on, models.num_embeddings(model), max_length)
     reader = RowReader(rows, "rows", to_example, collator)
+    reader.need_length()
     read: list[tuple[int, Tokens, list[Tensor]]] = []
     for index in range(min(max_rows, len(reader))):
         try:
@@ -295,9 +309,12 @@ def image_use(
         examples = [as_example(reader.rows[index], to_example) for index, *_ in read]  # type: ignore[index]
         prompts = collator.prompt_tokens([example.prompt for example in examples])
         expected = [fields(example.completion) for example in examples]
-        for kind in ("own", "another"):
+        # A max_length may have cut off turns with pictures; the prompt to generate from has all.
+        whole = [collator.pixels(example.prompt) for example in examples]
+        shown = {"own": whole, "another": _exchanged(whole, np.random.default_rng(seed))}
+        for kind, kinds_pictures in shown.items():
             texts = generate_from_tokens(
-                model, collator, prompts, pictures[kind], batch_size, max_new_tokens
+                model, collator, prompts, kinds_pictures, batch_size, max_new_tokens
             )
             said = [fields(text) for text in texts]
             for name in dict.fromkeys(name for row in expected for name in row):
@@ -314,18 +331,20 @@ def image_use(
 
 
 def _exchanged(own: list[list[Tensor]], rng: np.random.Generator) -> list[list[Tensor]]:
-    """Each row with pictures of others, as many as it has."""
-    order = rng.permutation(len(own))
-    following = dict(zip(order.tolist(), np.roll(order, -1).tolist(), strict=True))
-    exchanged = []
-    for row, pixels in enumerate(own):
-        pool: list[Tensor] = []
-        other = following[row]
-        while len(pool) < len(pixels):
-            pool += own[other]
-            other = following[other] if following[other] != row else following[row]
-        exchanged.append(pool[: len(pixels)])
-    return exchanged
+    """Each row with other pictures than its own, as many as it has, of the rows that follow."""
+    order = rng.permutation(len(own)).tolist()
+    exchanged: dict[int, list[Tensor]] = {}
+    for place, row in enumerate(order):
+        others: list[Tensor] = []
+        for other in order[place + 1 :] + order[:place]:
+            # Rows may share a picture: several questions about it.
+            others += [p for p in own[other] if not any(torch.equal(p, mine) for mine in own[row])]
+            if len(others) >= len(own[row]):
+                break
+        if not others:
+            raise ValueError("all rows show the same pictures: there is nothing to exchange")
+        exchanged[row] = [others[n % len(others)] for n in range(len(own[row]))]
+    return [exchanged[row] for row in range(len(own))]
 
 
 def _blank(own: list[list[Tensor]], collator: Collator) -> list[list[Tensor]]:
@@ -374,10 +393,10 @@ class EvalSamples:
             if len(self.rows) == number:
                 break
             try:
-                _, pixels = reader.read(index)
-            except ValueError:
+                example = as_example(reader.rows[index], reader.to_example)  # type: ignore[index]
+                pixels = self.collator.pixels(example.prompt)
+            except Exception:
                 continue  # it is noted when its batch is evaluated
-            example = as_example(reader.rows[index], reader.to_example)  # type: ignore[index]
             files = [f"eval_samples/row-{index}-image-{n}.png" for n in range(len(pixels))]
             for file, image in zip(files, pixels, strict=True):
                 write_png(image, folder / file)

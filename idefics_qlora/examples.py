@@ -47,7 +47,7 @@ class Turn:
         if self.role not in get_args(Role):
             raise ValueError(f"role={self.role!r}: expected one of {', '.join(get_args(Role))}")
         content = [self.content] if isinstance(self.content, str) else self.content
-        _check_items(content, "content")
+        _check_items(content, "content", may_be_url=True)  # here a text is known to be one
         items: list[Source] = []
         for are_texts, run in groupby(content, is_text):
             if not are_texts:
@@ -127,12 +127,12 @@ def as_prompt(prompt: Any) -> Sequence[PromptItem]:
     return prompt
 
 
-def _check_items(items: Any, name: str) -> None:
+def _check_items(items: Any, name: str, may_be_url: bool = False) -> None:
     if not isinstance(items, Sequence) or isinstance(items, (bytes, bytearray)):
         raise TypeError(f"{name}={items!r:.80}: expected text, or a list of texts and images")
     for item in items:
         if isinstance(item, str):
-            if re.fullmatch(r"\s*https?://\S+\s*", item):
+            if not may_be_url and re.fullmatch(r"\s*https?://\S+\s*", item):
                 raise ValueError(
                     f"the {name} text {item!r} is a bare URL: a string is text for the model; to "
                     "show it the picture, pass idefics_qlora.images.open_image(url)"
@@ -330,7 +330,7 @@ def naming_row(where: str) -> Iterator[None]:
     except BadImage as error:
         raise BadImage(f"{error.source} of {where}", error.reason) from error
     except KeyError as error:
-        raise ValueError(f"{where}: column {error} is missing") from error
+        raise ValueError(f"{where}: {error} is missing (a column of the row?)") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     except MemoryError:
@@ -360,14 +360,15 @@ def _pictures(images: Sequence[Any]) -> list[Image.Image]:
 
 def _images(row: Mapping[str, Any]) -> Sequence[Any]:
     """What the row has in ``images``, or in an image column, not opened; empty without either."""
-    if "images" in row:
+    # `datasets` gives every row all columns, so None and an absent column mean the same.
+    if row.get("images") is not None:
         images = row["images"]
         if not isinstance(images, Sequence) or isinstance(images, (str, bytes, bytearray)):
             raise TypeError(
                 f"images={images!r:.80}: expected a list; an empty one for a row without pictures"
             )
         return images
-    columns = [column for column in IMAGE_COLUMNS if column in row]
+    columns = [column for column in IMAGE_COLUMNS if row.get(column) not in (None, "")]
     return [_image(row, columns)[0]] if columns else []
 
 

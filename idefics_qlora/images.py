@@ -193,7 +193,8 @@ def prefetch_images(
 
     Args:
         rows: A ``datasets.Dataset``, or any sequence of mappings.
-        column: Holds the URLs. Paths in it are looked up, everything else is passed over.
+        column: Holds the URLs, one or a list in each row. Paths in it are looked up, everything
+            else is passed over.
         access: As for :func:`open_image`; training must use the same ``cache_dir``.
         num_threads: Downloads at the same time.
         max_per_host: Of these, downloads from the same host.
@@ -208,7 +209,7 @@ def prefetch_images(
         if number < 1:
             raise ValueError(f"{name}={number!r}: expected 1 or more")
     wanted: dict[str | Path, list[int]] = {}  # each distinct source, and the rows that want it
-    for index, source in enumerate(_column(rows, column)):
+    for index, source in _sources(_column(rows, column)):
         if source is None or isinstance(source, (str, Path)):
             wanted.setdefault(source or "", []).append(index)
     from idefics_qlora.fetch import Cache  # late: it loads the HTTP client
@@ -263,6 +264,13 @@ def _column(rows: Any, column: str) -> Any:
     if column not in names:
         raise ValueError(f"column={column!r}: the rows have {names}; name the one with the URLs")
     return rows[column] if hasattr(rows, "column_names") else [row.get(column) for row in rows]
+
+
+def _sources(values: Any) -> Iterator[tuple[int, Any]]:
+    """Each row's number with each of its sources; a row may have a list of them."""
+    for index, value in enumerate(values):
+        for source in value if isinstance(value, (list, tuple)) else [value]:
+            yield index, source
 
 
 def _download_all(

@@ -31,7 +31,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import (
     AutoConfig,
@@ -205,17 +205,19 @@ def base_fingerprint(model: Model) -> dict[str, str]:
     """What tells one base model from another, whether in 4 bits or not, on whatever device.
 
     Returns:
-        ``architecture``: a hash of the names and shapes of norms, biases and embeddings.
+        ``architecture``: a hash of the names and shapes of norms and embeddings.
         ``weights``: a hash of the first 256 values of each, as fp32; equal for fp16 and fp32 copies
         of a model. ``rounding``: ``bf16`` values are another rounding and are not compared.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    embedding = base.get_input_embeddings().weight
     shapes, samples = [], []
     for name, parameter in base.named_parameters():
         # Linear weights are left out: they may be packed, and a GPU packs a little differently.
-        if (parameter.dim() == 1 or parameter is embedding) and ".lora_" not in name:
-            shapes.append((name.replace(".base_layer.", "."), list(parameter.shape)))
+        # So is what an adapter may train: biases, and peft's copies of whole modules.
+        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        kept = name.endswith("weight") and ".lora_" not in name and ".modules_to_save." not in name
+        if kept and (parameter.dim() == 1 or name.endswith("embed_tokens.weight")):
+            shapes.append((name, list(parameter.shape)))
             samples.append(parameter.detach().flatten()[:256].float())
     weights = torch.cat(samples).cpu().numpy().tobytes()  # sync
     return {
@@ -420,6 +422,9 @@ def _attach(model: IdeficsForVisionText2Text, config: LoraConfig) -> PeftModel:
     for parameter in peft_model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()  # biases and peft's modules_to_save as well
+    for module in peft_model.modules():
+        if isinstance(module, nn.LayerNorm) and module.bias is not None:
+            module.weight.data = module.weight.data.to(module.bias.dtype)  # one dtype, for a CPU
     if model.device.type == "cpu":
         prepare_for_cpu(peft_model)
     return peft_model

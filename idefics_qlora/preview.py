@@ -11,7 +11,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +126,8 @@ def preview_batch(
         ValueError: If a row is bad; the message names it.
     """
     collator = Collator(processor, loss_on, max_length=max_length)
+    if not hasattr(rows, "__len__"):  # a stream: as far as it is to be shown
+        rows = list(islice(iter(rows), max(indices or [1]) + 1))
     reader = RowReader(rows, "rows", to_example, collator)
     shown = list(range(min(2, len(reader))) if indices is None else indices)
     if not shown or not all(0 <= i < len(reader) for i in shown):

@@ -288,30 +288,46 @@ class Run:
         return float(record["loss"])
 
     def evaluate(self) -> float:
-        """Log an evaluation; returns its loss."""
+        """Log an evaluation; returns its loss. Should it fail, the step is saved first."""
+        try:
+            return self._evaluate()
+        except Exception:
+            self.save_if_new()
+            raise
+
+    def _evaluate(self) -> float:
         config, model, held_out = self.config, self.inputs.model, self.inputs.held_out
         assert held_out is not None
         record = mean_loss(model, self._loading(held_out), self.state.device, self._bad_rows)
         if config.eval_image_use:
-            use = image_use(
-                model,
-                self.inputs.processor,
-                held_out.reader.rows,
-                to_example=held_out.reader.to_example,
-                max_rows=ROWS_CHECKED,
-                batch_size=config.eval_batch_size,
-                loss_on=config.loss_on,
-                max_length=config.max_length,
-            )
-            logger.log(logging.INFO if use.looks else logging.WARNING, "%s", use)
-            record["eval_loss_another_image"] = use.loss["another"]
-            record["eval_loss_blank_image"] = use.loss["blank"]
-            record["eval_image_gain"] = use.gain[0]
-            record["eval_looks"] = float(use.looks)
+            record |= self._image_use(held_out.reader)
         if self._samples is not None:
             record["eval_samples"] = self._samples.caption(model, config.eval_batch_size)
         self.log(record)
         return float(record["eval_loss"])
+
+    def _image_use(self, reader: RowReader) -> dict[str, float]:
+        try:
+            use = image_use(
+                self.inputs.model,
+                self.inputs.processor,
+                reader.rows,
+                to_example=reader.to_example,
+                max_rows=ROWS_CHECKED,
+                batch_size=self.config.eval_batch_size,
+                loss_on=self.config.loss_on,
+                max_length=self.config.max_length,
+            )
+        except ValueError as error:
+            logger.warning("whether the model looks cannot be told: %s", error)
+            return {}
+        logger.log(logging.INFO if use.looks else logging.WARNING, "%s", use)
+        return {
+            "eval_loss_another_image": use.loss["another"],
+            "eval_loss_blank_image": use.loss["blank"],
+            "eval_image_gain": use.gain[0],
+            "eval_looks": float(use.looks),
+        }
 
     def save(self, eval_loss: float | None = None) -> None:
         """Write ``checkpoint-<step>``, the best so far if ``eval_loss`` is the lowest; rotate.
@@ -360,7 +376,9 @@ class Run:
             "window %d skipped: its fp16 gradients overflowed; loss scale now %g",
             *(state.window - 1, state.scaler.get_scale()),
         )
-        if state.skipped_windows == 1:
+        # The first skip is mostly a matter of scale; several in a row are not.
+        tell = state.skipped_windows == 1 or state.skips_in_a_row in (3, MAX_SKIPS_IN_A_ROW)
+        if tell and state.first_nonfinite_module is None:
             self._explain_overflow(window)
         if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
             error = _endless_overflow(state)
@@ -369,7 +387,7 @@ class Run:
             raise error
 
     def _explain_overflow(self, window: Window) -> None:
-        # Once a run, the pass is done again to say where it was, with the same dropout masks.
+        # The pass is done again to say where it was, with the same dropout masks.
         state = self.state
         rng = rng_tensors(state.device)
         restore_rng(state.window_rng, state.device)
@@ -378,7 +396,9 @@ class Run:
             state.first_nonfinite_module = first_nonfinite_module(state.model, batches)
         restore_rng(rng, state.device)
         if state.first_nonfinite_module is None:
-            logger.warning("its forward pass is finite: the scale was too large, as is usual once")
+            logger.warning(
+                "its forward pass is finite: the loss scale was too large, as is usual at first"
+            )
         else:
             logger.warning(
                 "the first module with an output that is not finite is %s",
@@ -410,7 +430,9 @@ class Run:
         """What the run came to; loads the best adapter if it has finished."""
         state, model = self.state, self.inputs.model
         still = unmoved_modules(self._trainable, self._marks)
-        if still and state.global_step > self._first_step:
+        if state.num_images == 0:  # what sees pictures had nothing to learn from
+            still = [name for name in still if models.part_of(name) == "text layers"]
+        if still and state.global_step > max(self._first_step, self.config.warmup_steps):
             names = ", ".join(still[:5]) + (", ..." if len(still) > 5 else "")
             logger.warning("%d adapters never moved: %s", len(still), names)
         self._clock.update(state)
@@ -440,7 +462,10 @@ def _first_rows(reader: RowReader, config: TrainConfig) -> Fingerprint:
     fingerprint, bad = reader.first_rows(map(int, order), ROWS_CHECKED)
     rows = BadRows(config.on_bad_row)
     rows.note(bad)
-    rows.check_share(len(bad), len(fingerprint["first"]))
+    number = len(fingerprint["first"])
+    # A few held-out rows must not stop a run, unless there are no others.
+    few_held_out = reader.name == "eval_rows" and len(bad) < number
+    rows.check_share(len(bad), max(number, ROWS_CHECKED) if few_held_out else number)
     return fingerprint
 
 
@@ -469,9 +494,11 @@ def _fp16_ledger(state: TrainState) -> dict[str, Any] | None:
 
 
 def _endless_overflow(state: TrainState) -> FloatingPointError:
+    module = state.first_nonfinite_module
+    where = "" if module is None else f" (first in {module})"
     return FloatingPointError(
-        f"{state.skips_in_a_row} windows in a row had fp16 gradients that overflow, the loss scale "
-        f"has fallen to {state.scaler.get_scale():g}, and nothing is learnt (step "
+        f"{state.skips_in_a_row} windows in a row had fp16 gradients that overflow{where}, the "
+        f"loss scale has fallen to {state.scaler.get_scale():g}, and nothing is learnt (step "
         f"{state.global_step}): set precision='bf16' (on an Ampere GPU or newer) or 'fp32' and "
         "start again, which goes on from the newest checkpoint, or lower learning_rate"
     )

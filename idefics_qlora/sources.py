@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from idefics_qlora.access import is_url
 from idefics_qlora.examples import IMAGE_COLUMNS
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -86,6 +87,7 @@ def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
+        csv.field_size_limit(max(csv.field_size_limit(), 2**24))  # a text may be long
         reader = csv.DictReader(lines, strict=True)
         number = 1
         try:
@@ -106,6 +108,10 @@ def _with_paths(row: dict[str, Any], folder: Path) -> dict[str, Any]:
         if "image" in row:
             raise ValueError("the row has both `file_name` and `image`: keep one")
         row["image"] = row.pop("file_name")
+    if isinstance(row.get("file_names"), list):
+        row["images"] = row.pop("file_names")
+    if other := [name for name in row if name.endswith(("_file_name", "_file_names"))]:
+        raise ValueError(f"{other[0]!r} is no column of pictures here: use `image` or `images`")
     for column in IMAGE_COLUMNS:
         if column in row:
             row[column] = _inside(row[column], folder, column)
@@ -133,10 +139,10 @@ def _message(message: Any, folder: Path, column: str) -> Any:
 
 def _inside(value: Any, folder: Path, column: str) -> Any:
     """The path of a picture below ``folder``; what is no path stays, and is judged when opened."""
-    if not isinstance(value, str) or not value or value.startswith(("http://", "https://")):
-        return value
-    path = (folder / value).resolve()
-    if Path(value).is_absolute() or ".." in Path(value).parts or not path.is_relative_to(folder):
+    if not isinstance(value, str) or not value.strip() or is_url(value.strip()):
+        return value.strip() if isinstance(value, str) else value
+    path = (folder / value).resolve()  # an absolute path stays what it is
+    if ".." in Path(value).parts or not path.is_relative_to(folder):
         raise ValueError(
             f"{column}={value!r} leads out of {folder}: expected a path of a picture below it"
         )

@@ -86,6 +86,9 @@ def train(
                     output = train_step(state, window)
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{error}; {run.dump(window)}") from error
+                except WindowTooLarge:
+                    run.save_if_new()
+                    raise
                 if output is None:  # every row of the window was bad
                     continue
                 if output.skipped:
@@ -105,6 +108,10 @@ def train(
             if stop.received is not None:
                 run.save_if_new()
         return run.result()
+
+
+class WindowTooLarge(torch.OutOfMemoryError):
+    """Not even a single example fits into the memory; the state is that before the window."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
         FloatingPointError: If the loss or the gradient is not finite in bf16 or fp32, where no
             scale can be lowered; the weights are untouched.
         DeadAdapters: If a part of the model gets no gradient in the first step.
-        torch.OutOfMemoryError: If not even a single example fits.
+        WindowTooLarge: If not even a single example fits (a ``torch.OutOfMemoryError``).
     """
     if window.batch is None:
         state.advance(window)
@@ -150,7 +157,7 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
     state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     if state.coverage is None and any(window.images):  # without images, only the text learns
-        state.coverage = gradient_coverage(models.trainable_parameters(state.model))  # sync
+        state.coverage = gradient_coverage(dict(state.model.named_parameters()))  # sync
         if state.coverage is not None:
             check_coverage(state.coverage, state.config.allow_dead_parts)
     grad_norm = clip_grad_norm_(parameters, state.config.max_grad_norm)
@@ -203,20 +210,12 @@ def _halve_micro_batch(state: TrainState, window: Window) -> None:
     if state.device.type == "cuda":
         torch.cuda.empty_cache()
     if state.micro_batch_size == 1:
-        need = estimate_memory(
-            state.model.get_base_model().config,
-            text_tokens=max(window.lengths),
-            images=max(window.images),
-            precision=state.config.precision,
-            lora=state.model.active_peft_config,
-            optim=state.config.optim,
-        )
-        kept, recomputed = (need.peak(1, recompute) / 2**30 for recompute in (False, True))
-        raise torch.OutOfMemoryError(
+        restore_rng(state.window_rng, state.device)  # the state is that before the window
+        raise WindowTooLarge(
             f"not even a single example of window {state.window} (rows {list(window.rows)}, up to "
-            f"{max(window.lengths)} text tokens) fits into the memory: about {kept:.1f} GiB are "
-            f"needed, or {recomputed:.1f} GiB with gradient_checkpointing=True; set that, free the "
-            "GPU from other processes, or shorten the longest texts"
+            f"{max(window.lengths)} text tokens) fits into the memory{_needed(state, window)}: set "
+            "gradient_checkpointing=True if it is not, free the GPU from other processes, or "
+            "shorten the longest texts (max_length)"
         )
     failed, state.micro_batch_size = state.micro_batch_size, state.micro_batch_size // 2
     state.growing = False
@@ -225,6 +224,25 @@ def _halve_micro_batch(state: TrainState, window: Window) -> None:
         "run goes on, with micro_batch_size=%d",
         *(failed, state.window, state.micro_batch_size),
     )
+
+
+def _needed(state: TrainState, window: Window) -> str:
+    base = state.model.get_base_model()
+    try:
+        need = estimate_memory(
+            base.config,
+            text_tokens=max(window.lengths),
+            images=max(1, *window.images),
+            precision=state.config.precision,
+            quantize=getattr(base, "is_loaded_in_4bit", False),
+            lora=state.model.active_peft_config,
+            optim=state.config.optim,
+        )
+    except Exception as error:  # an adapter of a kind it does not know: the shortage is the news
+        logger.warning("how much memory is needed cannot be estimated: %s", error)
+        return ""
+    kept, recomputed = (need.peak(1, recompute) / 2**30 for recompute in (False, True))
+    return f" (about {kept:.1f} GiB, or {recomputed:.1f} GiB with gradient_checkpointing=True)"
 
 
 def due(step: int, every: int) -> bool:

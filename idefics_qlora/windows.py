@@ -133,6 +133,11 @@ class RowReader:
         self, rows: Rows, name: str, to_example: ToExample | None, collator: Collator
     ) -> None:
         self.is_stream = not isinstance(rows, NumberedRows) and isinstance(rows, RowStream)
+        if hasattr(rows, "iloc"):
+            raise TypeError(
+                f"{name} is a table of pandas, whose items are columns: expected rows, such as "
+                'table.to_dict("records")'
+            )
         if isinstance(rows, dict) and rows:
             raise TypeError(
                 f"{name} is a mapping of {sorted(map(str, rows))}: expected one of its parts, such "
@@ -146,6 +151,8 @@ class RowReader:
         if isinstance(rows, NumberedRows) and len(rows) == 0:
             raise ValueError(f"{name} is empty: there is no row to learn or to evaluate")
         self.rows = rows
+        # What a stream's own iteration would decode, outside of any row's error handling.
+        self._features = getattr(rows, "features", None) if self.is_stream else None
         self.name = name
         self.to_example = to_example
         self.collator = collator
@@ -229,11 +236,26 @@ class RowReader:
         if not self.is_stream:
             yield from ((index, ...) for index in islice(order, number))
         else:
-            assert isinstance(self.rows, RowStream)
-            self.rows.set_epoch(0)
-            yield from enumerate(islice(iter(self.rows), number))
+            stream = self.stream()
+            stream.set_epoch(0)
+            yield from enumerate(islice(iter(stream), number))
+
+    def stream(self) -> Any:
+        """The stream with its pictures still encoded, so that a bad one spoils its own row only."""
+        rows: Any = self.rows
+        return rows if self._features is None else rows.decode(False)
+
+    def need_length(self) -> None:
+        """Raise if the rows are a stream."""
+        if self.is_stream:
+            raise TypeError(
+                f"{self.name} is a stream: expected rows with a length, such as "
+                "list(stream.take(200))"
+            )
 
     def _convert(self, row: Any, crop_seed: int | None) -> tuple[Tokens, list[Tensor]]:
+        if self._features is not None:
+            row = self._features.decode_example(row)
         example = as_example(row, self.to_example)
         (tokens,) = self.collator.tokens([example])
         return tokens, self.collator.pixels(example.prompt, crop_seed, tokens)
@@ -333,7 +355,7 @@ class StreamedWindows(IterableDataset[Window]):
         self.position = position
 
     def __iter__(self) -> Iterator[Window]:
-        stream: Any = self.reader.rows
+        stream = self.reader.stream()
         epoch, number = 0, 0
         if self.position is not None:
             epoch, number = self.position["epoch"], self.position["row"]
@@ -353,6 +375,11 @@ class StreamedWindows(IterableDataset[Window]):
                     stream.set_epoch(epoch)
                     rows = iter(stream)
                     continue
+                except Exception as error:
+                    name = f"{self.reader.name}[{number}]"
+                    raise ValueError(
+                        f"{name}: the stream breaks off: {type(error).__name__}: {error}"
+                    ) from error
                 seed = crop_seed(self.seed, epoch, number) if self.augment else None
                 window.append((number, row, seed))
                 number += 1
@@ -364,11 +391,7 @@ class EvalBatches(Dataset[Window]):
     """The rows in order, ``batch_size`` at a time, images as the checkpoint preprocesses them."""
 
     def __init__(self, reader: RowReader, batch_size: int) -> None:
-        if reader.is_stream:
-            raise TypeError(
-                f"{reader.name} is a stream: expected rows with a length, such as "
-                "list(stream.take(200))"
-            )
+        reader.need_length()
         self.reader = reader
         self.batch_size = batch_size
 

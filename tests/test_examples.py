@@ -110,7 +110,7 @@ def test_bad_rows_say_what_is_wrong(row, message):
 def test_missing_column_and_wrong_return_are_named(picture):
     """Mistakes in the user's own function point to the row as well."""
     with (
-        pytest.raises(ValueError, match="rows.0.: column 'title' is missing"),
+        pytest.raises(ValueError, match="rows.0.: 'title' is missing"),
         naming_row("rows[0]"),
     ):
         as_example({}, lambda row: iq.Example([picture], row["title"]))
