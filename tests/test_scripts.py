@@ -5,6 +5,7 @@ import json
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import checkpoint
 import datasets
 import describe_image
 import finetune_pokemon_cards
@@ -130,3 +131,21 @@ def test_the_loop_benchmark_runs(capsys):
     assert summary["ratio"] > 0
     assert sum(summary["where_time_goes"].values()) == pytest.approx(1.0)
     assert summary["collator"]["ratio"] > 0
+
+
+def test_the_checkpoint_benchmark_runs(tmp_path, capsys):
+    """Both sides save and load a few layers; how fast is no test's business."""
+    summary = checkpoint.main(["--small", "--rounds", "2", "--folder", str(tmp_path)])
+    assert summary["bytes"] > summary["parameters"] * 6  # 4 of the adapter, 2 of the optimizer
+    assert summary["torch_bytes"] > summary["parameters"] * 6
+    assert {len(times) for times in summary["rounds"].values()} == {2}
+    assert summary["ratio"] > 0
+    assert "| rotate in the loop |" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_checkpoint_benchmark_has_the_size_of_idefics_9b():
+    """19.75 million parameters in 468 matrices, as the real model's adapter has."""
+    layers = list(checkpoint.projections(32, 6, 32))
+    assert 2 * len(layers) == 468
+    assert sum(16 * (inputs + outputs) for _, inputs, outputs in layers) == 19_750_912
