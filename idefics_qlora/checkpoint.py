@@ -79,7 +79,7 @@ def save_checkpoint(
     Raises:
         OSError: If it cannot be written; nothing is left behind.
     """
-    contents = {
+    contents: dict[str, list[Part]] = {
         ADAPTER: _tensor_parts(snapshot.adapter, {"format": "pt"}),
         ADAPTER_CONFIG: [_json_bytes(snapshot.adapter_config)],
         OPTIMIZER: _tensor_parts(snapshot.optimizer),
@@ -319,7 +319,7 @@ def _tensor_parts(tensors: dict[str, Tensor], metadata: dict[str, str] | None = 
     end = 0
     for name in sorted(tensors, key=lambda name: (order[tensors[name].dtype], name)):
         tensor = tensors[name].detach().cpu()  # sync
-        part = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        part = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
         start, end = end, end + len(part)
         header[name] = {
             "dtype": _DTYPES[tensor.dtype],

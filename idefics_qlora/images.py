@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -73,7 +74,8 @@ def open_image(
     Returns:
         The decoded RGB image. Transparency is composited on white, 16-bit and floating-point values
         are scaled to 8 bit, the EXIF orientation is applied, and of an animation the first frame is
-        taken. What a URL gives is kept on disk, and not downloaded again.
+        taken. What a URL gives is kept on disk, and not downloaded again. A PIL image that is
+        nothing but RGB already is returned itself.
 
     Raises:
         BadImage: If there is no such picture, or it may not be opened, or it cannot be decoded, or
@@ -128,7 +130,7 @@ def random_crop(image: Image.Image, side: int, seed: int) -> Tensor:
     Returns:
         uint8 tensor (3, S, S).
     """
-    pixels = F.pil_to_tensor(image)  # (3, H, W) uint8
+    pixels = np.asarray(image)  # (H, W, 3) uint8, read-only
     # get_params draws from PyTorch's global CPU generator. It is lent for that moment and restored,
     # so that dropout in the main process never depends on how many pictures were loaded there.
     # (torch.manual_seed would reseed the GPU generators as well.)
@@ -136,10 +138,13 @@ def random_crop(image: Image.Image, side: int, seed: int) -> Tensor:
     state = generator.get_state()
     try:
         generator.manual_seed(seed)
-        box = RandomResizedCrop.get_params(pixels, list(CROP_SCALE), [3 / 4, 4 / 3])
+        box = RandomResizedCrop.get_params(image, list(CROP_SCALE), [3 / 4, 4 / 3])
     finally:
         generator.set_state(state)
-    return F.resized_crop(pixels, *box, [side, side], F.InterpolationMode.BICUBIC)
+    top, left, height, width = box
+    # One copy: of what is kept, and in the layout that the resizing asks for.
+    kept = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
+    return F.resize(kept.permute(2, 0, 1), [side, side], F.InterpolationMode.BICUBIC)
 
 
 class FailedImage(NamedTuple):

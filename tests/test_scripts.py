@@ -6,6 +6,7 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import checkpoint
+import data
 import datasets
 import describe_image
 import finetune_pokemon_cards
@@ -131,6 +132,37 @@ def test_the_loop_benchmark_runs(capsys):
     assert summary["ratio"] > 0
     assert sum(summary["where_time_goes"].values()) == pytest.approx(1.0)
     assert summary["collator"]["ratio"] > 0
+
+
+def test_the_data_benchmark_runs(capsys):
+    """Every way loads every kind of rows, workers too, and the memory is watched."""
+    summary = data.main(
+        [
+            *("--pictures", "4", "--size", "60", "80", "--examples", "16", "--rounds", "1"),
+            *("--workers", "0", "1", "--memory-examples", "32"),
+        ]
+    )
+    assert set(summary["kinds"]) == {"png", "jpeg", "datasets"}
+    for record in summary["kinds"].values():
+        assert set(record["rounds"]) == {"decoding", "tutorial", "0 workers", "1 worker"}
+        assert record["ratio"] > 0
+        assert [len(taken) for taken in record["private_mib"].values()] == [11, 11]
+    assert "| png |" in capsys.readouterr().out
+
+
+def test_the_data_benchmark_compares_the_same_work(processor):
+    """The tutorial's way gives the texts that ours gives, and pictures of the same shape."""
+    dataset = data.datasets.Dataset.from_list(iq.tiny.creature_cards(4, seed=0))
+    theirs = next(data.tutorial_batches(dataset, processor))
+    window = data.windows(dataset, processor)[0]
+
+    def texts(ids, masks):
+        pairs = zip(ids, masks, strict=True)
+        return {tuple(row[mask.bool()].tolist()) for row, mask in pairs}
+
+    ours = texts(window.batch.input_ids, window.batch.attention_mask)
+    assert texts(theirs["input_ids"], theirs["attention_mask"]) <= ours
+    assert theirs["pixel_values"].shape == (2, 1, 3, data.SIDE, data.SIDE)
 
 
 def test_the_checkpoint_benchmark_runs(tmp_path, capsys):
