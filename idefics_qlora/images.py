@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
 import numpy as np
+import pyarrow
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
@@ -130,7 +132,6 @@ def random_crop(image: Image.Image, side: int, seed: int) -> Tensor:
     Returns:
         uint8 tensor (3, S, S).
     """
-    pixels = np.asarray(image)  # (H, W, 3) uint8, read-only
     # get_params draws from PyTorch's global CPU generator. It is lent for that moment and restored,
     # so that dropout in the main process never depends on how many pictures were loaded there.
     # (torch.manual_seed would reseed the GPU generators as well.)
@@ -142,9 +143,17 @@ def random_crop(image: Image.Image, side: int, seed: int) -> Tensor:
     finally:
         generator.set_state(state)
     top, left, height, width = box
-    # One copy: of what is kept, and in the layout that the resizing asks for.
-    kept = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
-    return F.resize(kept.permute(2, 0, 1), [side, side], F.InterpolationMode.BICUBIC)
+    kept = _pixels(image)[top : top + height, left : left + width].permute(2, 0, 1)
+    return F.resize(kept, [side, side], F.InterpolationMode.BICUBIC)[:3]
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """uint8 (H, W, C) of an RGB picture: its own memory, where C is 4, or else a copy."""
+    try:
+        shared = from_dlpack(pyarrow.array(image).flatten())
+    except (TypeError, ValueError):  # Pillow before 11.2, or over 16 MB, which lie in many blocks
+        return torch.from_numpy(np.array(image))
+    return shared.view(image.height, image.width, 4)
 
 
 class FailedImage(NamedTuple):
