@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
+import numpy as np
+import pyarrow
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
@@ -73,7 +76,8 @@ def open_image(
     Returns:
         The decoded RGB image. Transparency is composited on white, 16-bit and floating-point values
         are scaled to 8 bit, the EXIF orientation is applied, and of an animation the first frame is
-        taken. What a URL gives is kept on disk, and not downloaded again.
+        taken. What a URL gives is kept on disk, and not downloaded again. A PIL image that is
+        nothing but RGB already is returned itself.
 
     Raises:
         BadImage: If there is no such picture, or it may not be opened, or it cannot be decoded, or
@@ -128,7 +132,6 @@ def random_crop(image: Image.Image, side: int, seed: int) -> Tensor:
     Returns:
         uint8 tensor (3, S, S).
     """
-    pixels = F.pil_to_tensor(image)  # (3, H, W) uint8
     # get_params draws from PyTorch's global CPU generator. It is lent for that moment and restored,
     # so that dropout in the main process never depends on how many pictures were loaded there.
     # (torch.manual_seed would reseed the GPU generators as well.)
@@ -136,10 +139,21 @@ def random_crop(image: Image.Image, side: int, seed: int) -> Tensor:
     state = generator.get_state()
     try:
         generator.manual_seed(seed)
-        box = RandomResizedCrop.get_params(pixels, list(CROP_SCALE), [3 / 4, 4 / 3])
+        box = RandomResizedCrop.get_params(image, list(CROP_SCALE), [3 / 4, 4 / 3])
     finally:
         generator.set_state(state)
-    return F.resized_crop(pixels, *box, [side, side], F.InterpolationMode.BICUBIC)
+    top, left, height, width = box
+    kept = _pixels(image)[top : top + height, left : left + width].permute(2, 0, 1)
+    return F.resize(kept, [side, side], F.InterpolationMode.BICUBIC)[:3]
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """uint8 (H, W, C) of an RGB picture: its own memory, where C is 4, or else a copy."""
+    try:
+        shared = from_dlpack(pyarrow.array(image).flatten())
+    except (TypeError, ValueError):  # Pillow before 11.2, or over 16 MB, which lie in many blocks
+        return torch.from_numpy(np.array(image))
+    return shared.view(image.height, image.width, 4)
 
 
 def write_png(pixels: Tensor, path: Path) -> Path:

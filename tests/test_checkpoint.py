@@ -1,8 +1,10 @@
 """Checkpoints on disk: whole or not at all, verified, rotated."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 
 import idefics_qlora as iq
@@ -45,6 +47,22 @@ def test_what_is_saved_comes_back(tmp_path):
         ours, theirs = getattr(saved, name), getattr(loaded, name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_file_is_what_the_library_would_write(tmp_path):
+    """Byte for byte, whatever the tensors' dtypes, shapes and memory are."""
+    dtypes = ["int64", "float64", "float32", "int32", "bfloat16", "float16", "int16", "int8"]
+    dtypes += ["uint8", "bool"]
+    tensors = {f'{n}ä"{d}': torch.arange(5).to(getattr(torch, d)) for n, d in enumerate(dtypes)}
+    tensors["scalar"] = torch.tensor(1.5)
+    tensors["empty"] = torch.empty(0, 3)
+    tensors["transposed"] = torch.arange(6.0).reshape(2, 3).T
+    tensors["same"] = tensors["also"] = torch.ones(3, requires_grad=True)
+    alone = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    save(tmp_path / "checkpoint-1", replace(snapshot(), adapter=tensors), extra=tensors)
+    for name, metadata in (("adapter_model", {"format": "pt"}), ("extra", None)):
+        written = (tmp_path / "checkpoint-1" / f"{name}.safetensors").read_bytes()
+        assert written == safetensors.torch.save(alone, metadata)
 
 
 def test_nothing_is_pickled(tmp_path):

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, PngImagePlugin
 
 import idefics_qlora as iq
+from idefics_qlora import images
 from idefics_qlora.images import ImageAccess, full_image, open_image, random_crop
 
 
@@ -474,6 +475,22 @@ def test_crop_depends_on_its_seed_alone(picture):
     torch.set_rng_state(before)
     random_crop(picture, 64, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("size", [(160, 120), (2400, 2000)])  # a large one has no memory to share
+def test_sharing_the_pictures_memory_changes_nothing(size, monkeypatch):
+    """A crop is the same to the bit, however its pixels came from Pillow."""
+    picture = textured(size[0], seed=0).resize(size)
+
+    def without(*_):
+        raise TypeError
+
+    shared = random_crop(picture, 64, seed=1)
+    monkeypatch.setattr(images.pyarrow, "array", without)
+    assert torch.equal(shared, random_crop(picture, 64, seed=1))
+    monkeypatch.setattr(images.RandomResizedCrop, "get_params", lambda image, *_: (5, 9, 80, 70))
+    expected = full_image(picture.crop((9, 5, 79, 85)), 64)
+    assert torch.equal(random_crop(picture, 64, seed=1), expected)
 
 
 def test_full_image_equals_the_processor(picture, processor):

@@ -5,6 +5,8 @@ import json
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import checkpoint
+import data
 import datasets
 import describe_image
 import diagnostics
@@ -139,3 +141,52 @@ def test_the_diagnostics_benchmark_reports_a_share(capsys):
     assert json.loads(capsys.readouterr().out) == summary
     assert summary["checks_s"].keys() == {"labels", "coverage", "marks", "unmoved"}
     assert 0 < summary["share_of_100_steps"] < 1
+
+
+def test_the_data_benchmark_runs(capsys):
+    """Every way loads every kind of rows, workers too, and the memory is watched."""
+    summary = data.main(
+        [
+            *("--pictures", "4", "--size", "60", "80", "--examples", "16", "--rounds", "1"),
+            *("--workers", "0", "1", "--memory-examples", "32"),
+        ]
+    )
+    assert set(summary["kinds"]) == {"png", "jpeg", "datasets"}
+    for record in summary["kinds"].values():
+        assert set(record["rounds"]) == {"decoding", "tutorial", "0 workers", "1 worker"}
+        assert record["ratio"] > 0
+        assert [len(taken) for taken in record["private_mib"].values()] == [11, 11]
+    assert "| png |" in capsys.readouterr().out
+
+
+def test_the_data_benchmark_compares_the_same_work(processor):
+    """The tutorial's way gives the texts that ours gives, and pictures of the same shape."""
+    dataset = data.datasets.Dataset.from_list(iq.tiny.creature_cards(4, seed=0))
+    theirs = next(data.tutorial_batches(dataset, processor))
+    window = data.windows(dataset, processor)[0]
+
+    def texts(ids, masks):
+        pairs = zip(ids, masks, strict=True)
+        return {tuple(row[mask.bool()].tolist()) for row, mask in pairs}
+
+    ours = texts(window.batch.input_ids, window.batch.attention_mask)
+    assert texts(theirs["input_ids"], theirs["attention_mask"]) <= ours
+    assert theirs["pixel_values"].shape == (2, 1, 3, data.SIDE, data.SIDE)
+
+
+def test_the_checkpoint_benchmark_runs(tmp_path, capsys):
+    """Both sides save and load a few layers; how fast is no test's business."""
+    summary = checkpoint.main(["--small", "--rounds", "2", "--folder", str(tmp_path)])
+    assert summary["bytes"] > summary["parameters"] * 6  # 4 of the adapter, 2 of the optimizer
+    assert summary["torch_bytes"] > summary["parameters"] * 6
+    assert {len(times) for times in summary["rounds"].values()} == {2}
+    assert summary["ratio"] > 0
+    assert "| rotate in the loop |" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_checkpoint_benchmark_has_the_size_of_idefics_9b():
+    """19.75 million parameters in 468 matrices, as the real model's adapter has."""
+    layers = list(checkpoint.projections(32, 6, 32))
+    assert 2 * len(layers) == 468
+    assert sum(16 * (inputs + outputs) for _, inputs, outputs in layers) == 19_750_912
