@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
 import numpy as np
-import pyarrow
 import torch
 from PIL import Image
 from torch import Tensor
@@ -150,8 +149,14 @@ def random_crop(image: Image.Image, side: int, seed: int) -> Tensor:
 def _pixels(image: Image.Image) -> Tensor:
     """uint8 (H, W, C) of an RGB picture: its own memory, where C is 4, or else a copy."""
     try:
+        import pyarrow  # comes with datasets
+
         shared = from_dlpack(pyarrow.array(image).flatten())
-    except (TypeError, ValueError):  # Pillow before 11.2, or over 16 MB, which lie in many blocks
+    except (
+        ImportError,
+        TypeError,
+        ValueError,
+    ):  # Pillow before 11.2, or over 16 MB, which lie in many blocks
         return torch.from_numpy(np.array(image))
     return shared.view(image.height, image.width, 4)
 

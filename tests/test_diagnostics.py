@@ -262,6 +262,44 @@ def test_rows_with_several_pictures_are_exchanged(base, processor, examples, pic
     assert iq.image_use(base, processor, rows).num_rows == 2
 
 
+def test_rows_that_share_a_picture_get_others(base, processor, examples, picture):
+    """Several questions about one picture are not exchanged among themselves."""
+    shared = [iq.Example([picture, f"Question {i}?"], " Yes.") for i in range(3)]
+    use = iq.image_use(base, processor, [*shared, examples[0]])
+    assert use.gain[0] != 0.0
+    with pytest.raises(ValueError, match="all rows show the same pictures"):
+        iq.image_use(base, processor, shared)
+
+
+def test_frozen_adapters_count_as_dead(lora, processor, examples, tmp_path):
+    """Whoever switches an adapter's gradient off is told that its part learns nothing."""
+    for name, parameter in lora.named_parameters():
+        if "vision_model" in name and ".lora_" in name:
+            parameter.requires_grad_(False)
+    with pytest.raises(iq.DeadAdapters, match="vision tower"):
+        iq.train(lora, processor, examples, config=config_of(tmp_path))
+
+
+def test_a_later_overflow_is_named_too(lora, processor, examples, tmp_path):
+    """The first skip may be a matter of scale; a forward pass that overflows later is found."""
+    name = "base_model.model.model.layers.0.mlp"
+    victim = next(iter(trainable_parameters(lora).values()))
+    steps = []
+    victim.register_hook(
+        lambda g: torch.full_like(g, torch.inf) if not steps and not steps.append(1) else g
+    )
+    state = {"calls": 0}
+
+    def overflow(_, __, output):
+        state["calls"] += 1
+        return output * torch.inf if state["calls"] > 12 else output
+
+    lora.get_submodule(name).register_forward_hook(overflow)
+    config = config_of(tmp_path, precision="fp16", max_steps=30)
+    with pytest.raises(FloatingPointError, match=rf"overflow \(first in {name}\)"):
+        iq.train(lora, processor, examples, config=config)
+
+
 def test_samples_are_captioned_at_every_evaluation(lora, processor, cards, tmp_path):
     """The same rows, with picture, target, text and step, in the history and in the checkpoint."""
     config = config_of(

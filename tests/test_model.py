@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from full_size import configuration
-from peft import PeftModel, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
 from transformers import IdeficsForVisionText2Text
 
@@ -18,6 +18,7 @@ from idefics_qlora.loss import summed_cross_entropy
 from idefics_qlora.model import (
     adapter_tensors,
     autocast,
+    base_fingerprint,
     compute_dtype,
     set_activation_checkpointing,
     set_compute_dtype,
@@ -291,3 +292,43 @@ def test_flops_of_9b_match_the_count_by_hand():
     for tokens in (50, 100):
         expected = (0.76 + 0.0322 * tokens) * 1e12
         assert training_flops(config, tokens, 1) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["input_layernorm"]},
+        {"bias": "lora_only"},
+        {"bias": "all"},
+    ],
+    ids=str,
+)
+def test_other_adapters_train_and_come_back(base, processor, examples, tmp_path, changes):
+    """Trained copies and biases are fp32, and their checkpoint is of the base it was trained on."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **changes)
+    before = base_fingerprint(base)
+    model = iq.add_lora(base, config)
+    assert base_fingerprint(model) == before
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    settings = iq.TrainConfig(
+        output_dir=tmp_path, max_steps=1, global_batch_size=2, num_workers=0, precision="fp32",
+        load_best_model_at_end=False,
+    )  # fmt: skip
+    iq.train(model, processor, examples, config=settings)
+    assert base_fingerprint(model)["architecture"] == before["architecture"]
+    again, _ = iq.load_finetuned(tmp_path / "checkpoint-1", device="cpu")
+    assert iq.evaluate(again, processor, examples[:2])["eval_loss"] > 0
+
+
+def test_adapters_on_adapters_are_refused(lora):
+    """A notebook cell that is run twice does not stack adapters."""
+    with pytest.raises(ValueError, match="has adapters already"):
+        iq.add_lora(lora)
+
+
+def test_an_adapter_is_not_a_base(tmp_path):
+    """load_model of a checkpoint folder points to load_finetuned."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="load both with load_finetuned"):
+        iq.load_model(tmp_path)

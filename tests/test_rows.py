@@ -192,3 +192,95 @@ def test_a_dataset_dict_is_not_rows(lora, processor, examples, tmp_path):
     both = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"a": 1}])})
     with pytest.raises(TypeError, match=r"mapping of \['train'\]: expected one of its parts"):
         iq.train(lora, processor, both, config=config_of(tmp_path))
+
+
+def test_a_bad_picture_in_a_stream_spoils_its_row_only(base, processor, cards, tmp_path):
+    """What a stream would decode while it iterates is decoded with its row: skipped and noted."""
+    rows = [
+        {"image": card["image"], "name": card["name"], "caption": card["caption"]} for card in cards
+    ]
+    rows[21]["image"] = {"bytes": b"no picture", "path": None}
+    features = {"name": datasets.Value("string"), "caption": datasets.Value("string")}
+    features = datasets.Features({"image": datasets.Image(), **features})
+    table = datasets.Dataset.from_list(rows, features=features)
+    stream = table.to_iterable_dataset()
+    config = config_of(tmp_path, max_steps=5)
+    result = iq.train(iq.add_lora(base), processor, stream, config=config)
+    assert result.metrics["bad_rows"] == 1
+    assert json.loads((tmp_path / "bad_rows.jsonl").read_text())["row"] == "train_rows[21]"
+
+
+class BreaksOff:
+    """A stream that ends with an error of its own."""
+
+    def __iter__(self):
+        yield from ({"prompt": ["What?"], "completion": f" {i}."} for i in range(70))
+        raise OSError("the connection is gone")
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+    def set_epoch(self, epoch):
+        pass
+
+
+def test_a_stream_that_breaks_off_is_saved_and_named(lora, processor, tmp_path):
+    """What was learnt until then is kept, and the error says where."""
+    config = config_of(tmp_path, max_steps=20)
+    expected = r"train_rows\[70\]: the stream breaks off: OSError: the connection is gone"
+    with pytest.raises(ValueError, match=expected):
+        iq.train(lora, processor, BreaksOff(), config=config)
+    assert iq.latest_checkpoint(tmp_path).name == "checkpoint-8"
+
+
+def test_one_dead_evaluation_row_does_not_stop_a_run(lora, processor, rows, tmp_path):
+    """A small held-out set may have a bad row; if all are bad, the run does not start."""
+    config = config_of(tmp_path, eval_steps=2, load_best_model_at_end=True, save_steps=2)
+    result = iq.train(lora, processor, rows, rows[3:8], config=config)
+    records = [r for r in result.log_history if "eval_loss" in r]
+    assert [r["eval_bad_rows"] for r in records] == [1, 1]
+    with pytest.raises(ValueError, match="1 of 1 rows seen cannot be read"):
+        iq.train(lora, processor, rows, rows[5:6], config=config_of(tmp_path / "b"))
+
+
+def test_a_failing_evaluation_saves_first(lora, processor, examples, tmp_path, monkeypatch):
+    """Steps since the last checkpoint are not lost to an evaluation."""
+
+    def fails(*_):
+        raise RuntimeError("the evaluation fails")
+
+    monkeypatch.setattr("idefics_qlora.run.mean_loss", fails)
+    config = config_of(tmp_path, eval_steps=3, save_steps=4)
+    with pytest.raises(RuntimeError, match="the evaluation fails"):
+        iq.train(lora, processor, examples, examples[:2], config=config)
+    assert iq.latest_checkpoint(tmp_path).name == "checkpoint-3"
+
+
+def test_a_table_of_pandas_is_not_rows(lora, processor, tmp_path):
+    """Its items are columns: said with the way out."""
+    import pandas as pd
+
+    table = pd.DataFrame({"prompt": ["a"], "completion": [" b"]})
+    with pytest.raises(TypeError, match=r"to_dict\(\"records\"\)"):
+        iq.train(lora, processor, table, config=config_of(tmp_path))
+
+
+def test_empty_columns_of_a_table_are_absent(processor, picture):
+    """`datasets` fills what a row lacks with None: text and pictures mix in one table."""
+    rows = [
+        {"prompt": "What?", "completion": " Nothing.", "images": None, "image": None},
+        {"prompt": "What?", "completion": " This.", "images": None, "image": picture},
+        {"messages": [{"role": "user", "content": "Where?"},
+                      {"role": "assistant", "content": "http://www.acme.example"}], "images": None},
+    ]  # fmt: skip
+    reader = RowReader(rows, "rows", None, Collator(processor))
+    assert [len(reader.read(i)[1]) for i in range(3)] == [0, 1, 0]
+
+
+def test_a_stream_can_be_looked_at(processor, examples, tmp_path):
+    """The preview takes its first rows."""
+    shown = iq.preview_batch(processor, stream_of(examples[:4]), CAPTIONS, image_dir=tmp_path)
+    assert [example.row for example in shown.examples] == [0, 1]
