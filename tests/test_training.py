@@ -416,7 +416,10 @@ def test_bad_rows_stop_before_training(lora, processor, examples, tmp_path, rows
 def test_bad_evaluation_rows_stop_before_training(lora, processor, examples, tmp_path):
     """A bad held-out row is found now, not at the first evaluation."""
     with pytest.raises(ValueError, match=r"eval_rows\[1\]"):
-        iq.train(lora, processor, examples, [examples[0], 3], config=config_of(tmp_path))
+        iq.train(
+            lora, processor, examples, [examples[0], 3],
+            config=config_of(tmp_path, on_bad_row="raise"),
+        )  # fmt: skip
 
 
 def test_the_best_needs_evaluation_rows(lora, processor, examples, tmp_path):
