@@ -102,13 +102,16 @@ def save_checkpoint(
             }
         _write(temporary / MANIFEST, [_json_bytes({"format": FORMAT, "files": files})])
         _sync_folder(temporary)
-        if folder.exists():  # only after a resume from before a checkpoint that was found damaged
-            replaced = folder.with_name(f".{folder.name}.replaced")
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        if folder.exists() and not (folder / MANIFEST).is_file():
+            folder.rename(folder.with_name(f"abandoned-{folder.name}"))  # not written by us
+        elif folder.exists():
+            # A kill between the two renames leaves `.replaced`, which the next start puts back.
             _remove(replaced)
             folder.rename(replaced)
-            _remove(replaced)
         temporary.rename(folder)
         _sync_folder(folder.parent)
+        _remove(replaced)
     except BaseException:
         # A full disk needs the space. Nothing here may hide the error.
         shutil.rmtree(temporary, ignore_errors=True)
@@ -155,6 +158,8 @@ def load_adapter_files(
     if (folder / MANIFEST).is_file():
         snapshot = load_checkpoint(folder)
         return snapshot.adapter, snapshot.adapter_config, snapshot.state
+    if (folder / STATE).is_file():
+        raise CheckpointError(f"{folder / MANIFEST} is missing: the checkpoint is not whole")
     name = ADAPTER
     try:
         tensors = load((folder / ADAPTER).read_bytes())
@@ -166,8 +171,11 @@ def load_adapter_files(
 
 def clear_leftovers(output_dir: Path) -> None:
     """Remove what writers that died have left behind; call it only as the folder's one owner."""
-    for path in output_dir.glob(".checkpoint-*"):
-        if path.suffix in (".incomplete", ".replaced", ".deleted"):
+    for path in output_dir.glob(".*"):
+        whole = path.with_name(path.stem.removeprefix("."))
+        if path.suffix == ".replaced" and not whole.exists():
+            path.rename(whole)
+        elif path.suffix in (".incomplete", ".replaced", ".deleted"):
             _remove(path)
 
 
@@ -228,24 +236,20 @@ def rotate(
             background.submit(_remove, hidden)
 
 
-def set_aside(output_dir: Path, newer_than: Path) -> None:
-    """Rename the run's checkpoints after one from which it goes on instead."""
-    step = _step(newer_than)
-    if step is None or newer_than.resolve().parent != output_dir.resolve():
-        return
-    for folder in checkpoints(output_dir):
-        if (_step(folder) or 0) > step and (folder / MANIFEST).is_file():
+def set_aside(output_dir: Path, step: int) -> None:
+    """Rename the checkpoints of later steps than the one from which the run goes on."""
+    for folder in reversed(checkpoints(output_dir)):  # the newest first, should this be cut short
+        if _step(folder) > step and (folder / MANIFEST).is_file():
             aside = folder.with_name(f"abandoned-{folder.name}")
             _remove(aside)
             folder.rename(aside)
-            logger.warning(
-                "%s is now %s: the run goes on from %s", folder, aside.name, newer_than.name
-            )
+            logger.warning("%s is now %s: the run goes on from step %d", folder, aside.name, step)
 
 
-def _step(folder: Path) -> int | None:
+def _step(folder: Path) -> int:
     name = _NAME.fullmatch(folder.name)
-    return int(name[1]) if name else None
+    assert name is not None
+    return int(name[1])
 
 
 def _remove(folder: Path) -> None:
@@ -260,28 +264,33 @@ def _remove(folder: Path) -> None:
 
 def _verified(folder: Path) -> dict[str, bytes]:
     """Content of every file of a checkpoint, each compared with the manifest."""
+    # Another OSError than a missing file may pass: it must not make a good checkpoint look damaged.
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
-        missing = {ADAPTER, ADAPTER_CONFIG, OPTIMIZER, RNG, STATE} - files.keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
-    if missing:
-        raise CheckpointError(f"{folder / MANIFEST} does not list {sorted(missing)}")
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        files = {str(name): (f["size"], f["sha256"]) for name, f in manifest["files"].items()}
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']!r}, expected {FORMAT!r}")
+        if missing := {ADAPTER, ADAPTER_CONFIG, OPTIMIZER, RNG, STATE} - files.keys():
+            raise ValueError(f"it does not list {sorted(missing)}")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST} cannot be read: {type(error).__name__}: {error}"
+        ) from error
     contents = {}
-    for name, expected in files.items():
+    for name, (size, _) in files.items():
         try:
             content = (folder / name).read_bytes()
-        except OSError as error:
+        except (FileNotFoundError, ValueError) as error:
             raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
-        if len(content) != expected["size"]:
+        if len(content) != size:
             raise CheckpointError(
-                f"{folder / name} has {len(content)} bytes, its manifest says {expected['size']}"
+                f"{folder / name} has {len(content)} bytes, its manifest says {size!r}"
             )
         contents[name] = content
     with ThreadPoolExecutor() as pool:
         sums = dict(zip(contents, pool.map(_sha256, contents.values()), strict=True))
-    for name, expected in files.items():
-        if sums[name] != expected["sha256"]:
+    for name, (_, expected) in files.items():
+        if sums[name] != expected:
             raise CheckpointError(f"{folder / name} was altered: its SHA-256 differs")
     return contents
 

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -122,8 +122,9 @@ class BadRows:
             if self.ledger is not None:
                 record = {"row": row.row, "source": row.source, "reason": row.reason}
                 try:
-                    with self.ledger.open("a") as file:
-                        file.write(f"{json.dumps(record)}\n")
+                    torn = self.ledger.exists() and not self.ledger.read_bytes().endswith(b"\n")
+                    with self.ledger.open("a") as file:  # a kill may have left half a line
+                        file.write(("\n" if torn else "") + f"{json.dumps(record)}\n")
                 except OSError as error:  # a full disk is for the next checkpoint to report
                     logger.warning("%s cannot be written: %s", self.ledger, error)
 
@@ -146,8 +147,8 @@ class BadRows:
 class RunLock:
     """Keeps a second run out of an output folder for as long as this one lives.
 
-    A POSIX record lock on ``.lock`` in the folder: the kernel drops it when the process dies,
-    however it dies, and loader workers do not inherit it.
+    An ``flock`` on ``.lock`` in the folder: the kernel drops it when the process dies, however it
+    dies. Loader workers inherit it, so they close it first of all.
 
     Args:
         folder: The run's output folder; created when missing.
@@ -157,63 +158,64 @@ class RunLock:
         RuntimeError: If another live run holds it.
     """
 
-    _held: ClassVar[set[Path]] = set()  # record locks do not exclude runs of one process
-    _guard = threading.Lock()
+    _files: ClassVar[set[int]] = set()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._path = folder.resolve() / ".lock"  # whatever the working directory is by the end
         self._file: int | None = None
 
     def __enter__(self) -> RunLock:
-        path = self.folder / ".lock"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with RunLock._guard:
-                if self.folder.resolve() in RunLock._held:
-                    raise self._refusal("this very process")
-                self._file = self._locked(path)
-                RunLock._held.add(self.folder.resolve())
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._locked()
         except OSError as error:
             raise type(error)(
                 error.errno,
                 f"output_dir={str(self.folder)!r} cannot be written to ({error.strerror}): choose "
                 "another folder",
-                str(path),
+                str(self._path),
             ) from error
+        RunLock._files.add(self._file)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         assert self._file is not None
-        with RunLock._guard:
-            RunLock._held.discard(self.folder.resolve())
-            with contextlib.suppress(OSError):  # a file left behind locks nobody out
-                (self.folder / ".lock").unlink()  # while it is still locked
-            os.close(self._file)
+        with contextlib.suppress(OSError):  # a file left behind locks nobody out
+            self._path.unlink()  # while it is still locked
+        RunLock._files.discard(self._file)
+        os.close(self._file)
 
-    def _locked(self, path: Path) -> int:
+    @classmethod
+    def close_in_child(cls) -> None:
+        """Give up what a forked process has inherited, without unlocking it."""
+        for file in cls._files:
+            os.close(file)
+        cls._files.clear()
+
+    def _locked(self) -> int:
         while True:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Between our open and our lock its last holder may have removed the file.
+                with contextlib.suppress(FileNotFoundError):
+                    if os.stat(self._path).st_ino == os.fstat(file).st_ino:
+                        holder = f"process {os.getpid()} on {socket.gethostname()}"
+                        os.ftruncate(file, 0)
+                        os.pwrite(file, holder.encode(), 0)
+                        return file
+            except BlockingIOError:
                 holder = os.read(file, 200).decode(errors="replace").strip()
                 os.close(file)
-                raise self._refusal(holder or "another process") from None
-            # Between our open and our lock its last holder may have removed the file.
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == os.fstat(file).st_ino:
-                    os.ftruncate(file, 0)
-                    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-                    return file
+                raise RuntimeError(
+                    f"output_dir={str(self.folder)!r} is in use by another run ({holder}): choose "
+                    "another folder, or stop that run first"
+                ) from None
+            except OSError:
+                os.close(file)
+                raise
             os.close(file)
-
-    def _refusal(self, holder: str) -> RuntimeError:
-        return RuntimeError(
-            f"output_dir={str(self.folder)!r} is in use by another run ({holder}): choose another "
-            "folder, or stop that run first"
-        )
 
 
 def first_nonfinite_module(model: nn.Module, batches: Iterable[Batch]) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from idefics_qlora.faults import ignore_stop_signals
+from idefics_qlora.faults import RunLock, ignore_stop_signals
 
 T = TypeVar("T", covariant=True)
 
@@ -147,11 +147,28 @@ class _Order(Sampler[int]):
 
 
 @contextmanager
-def _child_signals() -> Iterator[None]:
-    """Let PyTorch's SIGCHLD handler, which raises when a worker dies, act in this block only.
+def guarded_children() -> Iterator[None]:
+    """Keep PyTorch's SIGCHLD handler, which raises when a worker dies, out of a whole run.
 
-    Anywhere else the exception would come in the middle of whatever is being computed.
+    It would raise in the middle of whatever is being computed. :class:`Loading` lets it act while
+    an item is awaited. Afterwards it is in place again, for other loaders of the process.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    if getattr(before, "__module__", "").startswith("torch."):
+        _handlers[:] = [before]
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, _handlers[-1] if _handlers else before)
+
+
+@contextmanager
+def _child_signals() -> Iterator[None]:
+    """Let PyTorch's SIGCHLD handler act in this block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -173,4 +190,5 @@ _handlers: list[Any] = []
 
 def _start_worker(_: int) -> None:
     ignore_stop_signals()
+    RunLock.close_in_child()
     torch.set_num_threads(1)  # workers share the cores; each resizes one picture at a time

@@ -291,6 +291,25 @@ def trainable_parameters(model: Model) -> dict[str, Parameter]:
     return trainable
 
 
+def check_trainable(model: PeftModel) -> None:
+    """See that what would be trained is part of the adapter, so that a checkpoint holds it.
+
+    Raises:
+        ValueError: If nothing would be trained, or something that the adapter's files leave out.
+    """
+    trainable = trainable_parameters(model)
+    if not isinstance(model, PeftModel):
+        raise ValueError("the model has no adapter: call add_lora(model) first")
+    saved = {tensor.data_ptr() for tensor in adapter_tensors(model).values()}
+    outside = [name for name, p in trainable.items() if p.data_ptr() not in saved]
+    if outside:
+        raise ValueError(
+            f"{outside[0]} ({len(outside)} in all) would be trained but is no part of the adapter, "
+            "so no checkpoint would hold it: name its module in LoraConfig(modules_to_save=[...]), "
+            "or freeze it"
+        )
+
+
 def part_of(name: str) -> str:
     """The part of the model that a module or parameter of this name belongs to."""
     if "vision_model" in name:

@@ -6,6 +6,7 @@ The loop itself is in ``training.py``; a :class:`Run` does for it all that is no
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
@@ -22,6 +23,7 @@ from torch import Tensor
 from idefics_qlora import model as models
 from idefics_qlora.batches import Collator
 from idefics_qlora.checkpoint import (
+    MANIFEST,
     CheckpointError,
     checkpoints,
     clear_leftovers,
@@ -122,7 +124,7 @@ def check_inputs(
             f"eval_steps={config.eval_steps} steps), but there are none: pass eval_rows, or set "
             "load_best_model_at_end=False"
         )
-    models.trainable_parameters(model)
+    models.check_trainable(model)
     collator = Collator(processor, config.loss_on, models.num_embeddings(model), config.max_length)
     reader = RowReader(train_rows, "train_rows", to_example, collator)
     if reader.is_stream and config.max_steps is None:
@@ -189,7 +191,8 @@ class Run:
         )
         if (checkpoint := _resume_from(config)) is not None:
             self.state.restore(load_checkpoint(checkpoint), checkpoint)
-            set_aside(self.folder, newer_than=checkpoint)
+            set_aside(self.folder, self.state.global_step)
+            self._bring_best()
             logger.info("resumed from %s at step %d", checkpoint, self.state.global_step)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -208,6 +211,16 @@ class Run:
         self._marks = weight_marks(self._trainable)
         self._labels_checked = False
         model.train()
+
+    def _bring_best(self) -> None:
+        """Copy the best checkpoint so far, if the run was continued from another folder."""
+        best = self.state.best_checkpoint
+        if best is not None and best.resolve().parent != self.folder.resolve():
+            self.state.best_checkpoint = self.folder / best.name
+            if not self.state.best_checkpoint.exists():
+                temporary = self.folder / f".{best.name}.incomplete"
+                shutil.copytree(best, temporary)
+                temporary.rename(self.state.best_checkpoint)
 
     def windows(self) -> Loading[Window]:
         """The windows from the state's next one on."""
@@ -266,7 +279,11 @@ class Run:
             record["bad_rows"] = self.state.num_bad_rows
         self.state.log_history.append(record)
         if self._on_log is not None:
-            self._on_log(dict(record))
+            try:
+                self._on_log(dict(record))
+            except Exception:
+                self.save_if_new()
+                raise
 
     def log_training(self, grad_norm: Tensor, learning_rate: float) -> float:
         """Log the mean loss since the last such record; returns it."""
@@ -383,7 +400,7 @@ class Run:
         if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
             error = _endless_overflow(state)
             state.skips_in_a_row = 0  # a resumed run may try as often again
-            self.save_if_new()
+            self.save()  # the lower scale as well, though the step may be saved already
             raise error
 
     def _explain_overflow(self, window: Window) -> None:
@@ -437,7 +454,7 @@ class Run:
             logger.warning("%d adapters never moved: %s", len(still), names)
         self._clock.update(state)
         metrics = _metrics(state, self.epoch())
-        finished = state.global_step == state.total_steps
+        finished = state.global_step >= state.total_steps
         if finished and self.config.load_best_model_at_end:
             _load_best(model, state.best_checkpoint)
         model.eval()
@@ -516,7 +533,14 @@ def _load_best(model: PeftModel, best: Path | None) -> None:
 
 def _resume_from(config: TrainConfig) -> Path | None:
     if config.resume == "auto":
-        return latest_checkpoint(config.output_dir)
+        newest = latest_checkpoint(config.output_dir)
+        damaged = [f for f in checkpoints(config.output_dir) if (f / MANIFEST).is_file()]
+        if newest is None and damaged:
+            raise CheckpointError(
+                f"none of {', '.join(f.name for f in damaged)} in {config.output_dir} is whole, as "
+                "the log says: mend or delete them, or choose another output_dir"
+            )
+        return newest
     if config.resume == "never":
         if existing := checkpoints(config.output_dir):
             raise ValueError(

@@ -24,6 +24,7 @@ from idefics_qlora.config import TrainConfig
 from idefics_qlora.diagnostics import check_coverage, gradient_coverage
 from idefics_qlora.examples import ToExample
 from idefics_qlora.faults import RunLock, StopSignals
+from idefics_qlora.loading import guarded_children
 from idefics_qlora.loss import summed_cross_entropy
 from idefics_qlora.memory import estimate_memory
 from idefics_qlora.optim import lr_at
@@ -71,6 +72,7 @@ def train(
         RunLock(Path(config.output_dir)),
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="rotation") as background,
         StopSignals() as stop,
+        guarded_children(),
     ):
         run = Run(inputs, on_log, stop, background)
         state = run.state
@@ -154,8 +156,10 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
         restore_rng(state.window_rng, state.device)
         loss = _try_backward(state, window)
 
-    state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    if state.scaler.is_enabled() and parameters[0].grad is not None:
+        parameters[0].grad += loss - loss  # a loss that is not finite is an overflow, without sync
+    state.scaler.unscale_(state.optimizer)
     if state.coverage is None and any(window.images):  # without images, only the text learns
         state.coverage = gradient_coverage(dict(state.model.named_parameters()))  # sync
         if state.coverage is not None:

@@ -8,6 +8,7 @@ the micro-batch size or a restart do not change it. Of a stream, whose rows have
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -242,7 +243,7 @@ class RowReader:
 
     def stream(self) -> Any:
         """The stream with its pictures still encoded, so that a bad one spoils its own row only."""
-        rows: Any = self.rows
+        rows: Any = copy.copy(self.rows)  # the user's object keeps its own position
         return rows if self._features is None else rows.decode(False)
 
     def need_length(self) -> None:

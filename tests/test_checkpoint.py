@@ -1,7 +1,9 @@
 """Checkpoints on disk: whole or not at all, verified, rotated."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -179,8 +181,7 @@ def test_going_back_sets_newer_checkpoints_aside(tmp_path):
     """A run that goes on from an older checkpoint is not mixed up with what it had become."""
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, snapshot())
-    set_aside(tmp_path / "another", newer_than=tmp_path / "checkpoint-2")  # not that run's folder
-    set_aside(tmp_path, newer_than=tmp_path / "checkpoint-2")
+    set_aside(tmp_path, 2)
     assert names(tmp_path) == ["abandoned-checkpoint-3", "checkpoint-1", "checkpoint-2"]
 
 
@@ -191,3 +192,56 @@ def test_a_damaged_checkpoint_is_replaced(tmp_path):
     save_checkpoint(tmp_path, 1, snapshot(2.0))
     assert load_checkpoint(folder).adapter["a"][0, 0] == 2.0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_no_flipped_bit_of_a_manifest_is_anything_but_damage(tmp_path):
+    """Whatever a manifest has become, it is passed over or says the same; nothing else is raised."""
+    save_checkpoint(tmp_path, 1, snapshot())
+    folder = save_checkpoint(tmp_path, 2, snapshot())
+    whole = (folder / "manifest.json").read_bytes()
+    for bit in range(0, 8 * len(whole), 7):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        (folder / "manifest.json").write_bytes(content)
+        assert iq.latest_checkpoint(tmp_path) in (folder, tmp_path / "checkpoint-1")
+    (folder / "manifest.json").write_bytes(whole.replace(b"qlora-1", b"qlora-9"))
+    with pytest.raises(CheckpointError, match="format 'idefics_qlora-9', expected"):
+        load_checkpoint(folder)
+
+
+def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    """Each file is flushed, then their folder; only then comes the rename, and its folder's flush."""
+    events = []
+    real_sync, real_rename = os.fsync, Path.rename
+    monkeypatch.setattr(
+        "os.fsync",
+        lambda file: events.append(os.readlink(f"/proc/self/fd/{file}")) or real_sync(file),
+    )
+    monkeypatch.setattr(
+        Path, "rename", lambda path, to: events.append("rename") or real_rename(path, to)
+    )
+    folder = save_checkpoint(tmp_path, 1, snapshot())
+    hidden = str(tmp_path / ".checkpoint-1.incomplete")
+    place = events.index("rename")
+    assert {f"{hidden}/{path.name}" for path in folder.iterdir()} == set(events[: place - 1])
+    assert events[place - 1] == hidden
+    assert events[place + 1] == str(tmp_path)
+
+
+def test_a_kill_while_replacing_loses_neither(tmp_path):
+    """The old checkpoint that had lost its name gets it back; a finished replacement stays."""
+    folder = save_checkpoint(tmp_path, 1, snapshot())
+    folder.rename(tmp_path / ".checkpoint-1.replaced")
+    clear_leftovers(tmp_path)
+    assert load_checkpoint(folder).state["global_step"] == 3
+    (tmp_path / ".failed-window-3.incomplete").mkdir()
+    clear_leftovers(tmp_path)
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_what_others_wrote_is_not_deleted(tmp_path):
+    """A folder of another program in the way of a save is renamed."""
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "precious").write_text("x")
+    save_checkpoint(tmp_path, 1, snapshot())
+    assert (tmp_path / "abandoned-checkpoint-1" / "precious").read_text() == "x"

@@ -425,7 +425,7 @@ def test_two_runs_in_one_folder(lora, processor, examples, tmp_path):
             *(sys.executable, "-c"),
             "import fcntl, os, sys\n"
             "file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
-            "fcntl.lockf(file, fcntl.LOCK_EX)\n"
+            "fcntl.flock(file, fcntl.LOCK_EX)\n"
             "os.write(file, b'process 1 on moon')\n"
             "print('held', flush=True)\n"
             "sys.stdin.read()",
@@ -472,3 +472,69 @@ def test_clocks_may_jump(base, processor, examples, tmp_path, monkeypatch):
     assert iq.latest_checkpoint(tmp_path).name == "checkpoint-6"
     assert result.best_checkpoint.is_dir()
     assert result.metrics["train_runtime"] > 0
+
+
+class Signalled:
+    """Rows whose reading sends the loader worker what its whole process group would get."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if get_worker_info() is not None:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+        return self.rows[index]
+
+
+def test_loader_workers_ignore_stop_signals(lora, processor, examples, tmp_path):
+    """The main process decides when its workers end."""
+    config = config_of(tmp_path, num_workers=1, load_best_model_at_end=False, max_steps=2)
+    assert iq.train(lora, processor, Signalled(examples), config=config).global_step == 2
+
+
+def test_an_endless_overflow_saves_its_scale(lora, processor, examples, tmp_path):
+    """The state that is saved knows the fallen scale, and a restart may try as often again."""
+    module = lora.get_submodule("base_model.model.model.layers.1.self_attn.v_proj.lora_B.default")
+    module.register_forward_hook(lambda _, __, output: output * torch.inf)
+    config = config_of(tmp_path, load_best_model_at_end=False)
+    with pytest.raises(FloatingPointError, match="25 windows in a row"):
+        iq.train(lora, processor, examples, config=config)
+    state = load_checkpoint(iq.latest_checkpoint(tmp_path)).state
+    assert state["scaler"]["scale"] < 1
+    assert (state["window"], state["skips_in_a_row"]) == (25, 0)
+
+
+def test_an_infinite_loss_is_an_overflow(lora, processor, examples, tmp_path, monkeypatch):
+    """In fp16 a loss that is not finite skips the window, though every gradient is finite."""
+    real, losses = iq.training.summed_cross_entropy, []
+
+    def infinite_once(logits, labels):
+        losses.append(real(logits, labels))
+        return losses[-1] + (torch.inf if len(losses) == 1 else 0.0)
+
+    monkeypatch.setattr("idefics_qlora.training.summed_cross_entropy", infinite_once)
+    config = config_of(tmp_path, load_best_model_at_end=False, max_steps=1)
+    result = iq.train(lora, processor, examples, config=config)
+    assert result.metrics["skipped_windows"] == 1
+    assert result.training_loss < 20
+
+
+def test_the_ledger_is_read_again(base, processor, examples, tmp_path):
+    """A restart adds no second line for a row that is known, not even behind half a line."""
+    rows = [{"prompt": e.prompt, "completion": e.completion} for e in examples]
+    rows[5] = {"text": "no format"}
+    config = {"load_best_model_at_end": False, "global_batch_size": 8, "max_steps": 5}
+    iq.train(
+        iq.add_lora(copy.deepcopy(base)), processor, rows, config=config_of(tmp_path, **config)
+    )
+    ledger = tmp_path / "bad_rows.jsonl"
+    (line,) = ledger.read_text().splitlines()
+    config = {**config, "max_steps": 10, "lr_scheduler_type": "linear"}
+    iq.train(
+        iq.add_lora(copy.deepcopy(base)), processor, rows, config=config_of(tmp_path, **config)
+    )
+    assert ledger.read_text().splitlines() == [line]

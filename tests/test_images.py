@@ -486,7 +486,7 @@ def test_sharing_the_pictures_memory_changes_nothing(size, monkeypatch):
         raise TypeError
 
     shared = random_crop(picture, 64, seed=1)
-    monkeypatch.setattr(images.pyarrow, "array", without)
+    monkeypatch.setattr("pyarrow.array", without)
     assert torch.equal(shared, random_crop(picture, 64, seed=1))
     monkeypatch.setattr(images.RandomResizedCrop, "get_params", lambda image, *_: (5, 9, 80, 70))
     expected = full_image(picture.crop((9, 5, 79, 85)), 64)

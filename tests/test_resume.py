@@ -301,3 +301,49 @@ def test_a_finetuned_model_is_verified(base, processor, rows, tmp_path):
     (folder / "adapter_model.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match=r"adapter_model.safetensors was altered"):
         iq.load_finetuned(folder, device="cpu")
+
+
+def test_no_whole_checkpoint_is_no_fresh_start(base, processor, rows, tmp_path):
+    """If all checkpoints are damaged, the run does not start anew over them."""
+    run(base, processor, rows, config_of(tmp_path, max_steps=2))
+    for folder in tmp_path.glob("checkpoint-*"):
+        (folder / "rng.safetensors").unlink()
+    with pytest.raises(ValueError, match="none of checkpoint-1, checkpoint-2 in .* is whole"):
+        run(base, processor, rows, config_of(tmp_path))
+
+
+def test_going_on_elsewhere_takes_the_best_along(base, processor, rows, tmp_path):
+    """The best so far is copied, so that a later start in the new folder still knows it."""
+    config = config_of(tmp_path / "a", max_steps=3, lr_scheduler_type="constant")
+    run(base, processor, rows, config)
+    start = tmp_path / "a" / "checkpoint-3"
+    snapshot = load_checkpoint(start)
+    snapshot.state.update(best_checkpoint="checkpoint-1", best_metric=0.0)
+    save(start, snapshot)
+    config = dataclasses.replace(config, output_dir=tmp_path / "b", max_steps=4, resume=start)
+    _, result = run(base, processor, rows, config)
+    assert result.best_checkpoint == tmp_path / "b" / "checkpoint-1"
+    _, again = run(base, processor, rows, dataclasses.replace(config, resume="auto"))
+    assert again.best_checkpoint == result.best_checkpoint
+    assert load_checkpoint(again.best_checkpoint).adapter.keys() == snapshot.adapter.keys()
+
+
+def test_fewer_steps_than_done_is_finished(base, processor, rows, tmp_path):
+    """A run that has had more steps than are asked for is over, with its best loaded."""
+    config = config_of(tmp_path, max_steps=4, lr_scheduler_type="constant")
+    run(base, processor, rows, config)
+    model, result = run(base, processor, rows, dataclasses.replace(config, max_steps=3))
+    assert (result.global_step, result.stopped_by) == (4, None)
+    best = load_checkpoint(result.best_checkpoint).adapter
+    ours = iq.model.adapter_tensors(model)
+    assert all(torch.equal(best[key], ours[key]) for key in best)
+
+
+def test_what_no_checkpoint_would_hold_is_refused(base, processor, rows, tmp_path):
+    """A base parameter that is switched on would be trained and lost: said before training."""
+    model = iq.add_lora(copy.deepcopy(base))
+    norm = model.get_base_model().model.norm.weight
+    norm.data = norm.data.float()
+    norm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"norm.weight .* is no part of the adapter"):
+        iq.train(model, processor, rows, rows[:2], config=config_of(tmp_path))
