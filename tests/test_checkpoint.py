@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_is_replaced(tmp_path):
 
 
 def test_no_flipped_bit_of_a_manifest_is_anything_but_damage(tmp_path):
-    """Whatever a manifest has become, it is passed over or says the same; nothing else is raised."""
+    """Whatever a manifest has become, it is passed over or says the same; nothing is raised."""
     save_checkpoint(tmp_path, 1, snapshot())
     folder = save_checkpoint(tmp_path, 2, snapshot())
     whole = (folder / "manifest.json").read_bytes()
@@ -210,7 +210,7 @@ def test_no_flipped_bit_of_a_manifest_is_anything_but_damage(tmp_path):
 
 
 def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
-    """Each file is flushed, then their folder; only then comes the rename, and its folder's flush."""
+    """Each file is flushed, then the folder, then renamed, then the folder above is flushed."""
     events = []
     real_sync, real_rename = os.fsync, Path.rename
     monkeypatch.setattr(

@@ -528,13 +528,11 @@ def test_the_ledger_is_read_again(base, processor, examples, tmp_path):
     rows = [{"prompt": e.prompt, "completion": e.completion} for e in examples]
     rows[5] = {"text": "no format"}
     config = {"load_best_model_at_end": False, "global_batch_size": 8, "max_steps": 5}
-    iq.train(
-        iq.add_lora(copy.deepcopy(base)), processor, rows, config=config_of(tmp_path, **config)
-    )
+    model = iq.add_lora(copy.deepcopy(base))
+    iq.train(model, processor, rows, config=config_of(tmp_path, **config))
     ledger = tmp_path / "bad_rows.jsonl"
     (line,) = ledger.read_text().splitlines()
     config = {**config, "max_steps": 10, "lr_scheduler_type": "linear"}
-    iq.train(
-        iq.add_lora(copy.deepcopy(base)), processor, rows, config=config_of(tmp_path, **config)
-    )
+    model = iq.add_lora(copy.deepcopy(base))
+    iq.train(model, processor, rows, config=config_of(tmp_path, **config))
     assert ledger.read_text().splitlines() == [line]
