@@ -205,6 +205,16 @@ class Run:
             pin=device.type == "cuda",
             timeout_s=config.loader_timeout_s,
         )
+        options: dict[str, Any] = {
+            "seed": config.seed,
+            "global_batch_size": config.global_batch_size,
+            "augment": config.augment,
+        }
+        self._windows: Windows | StreamedWindows = (
+            StreamedWindows(inputs.reader, **options, position=self.state.position)
+            if inputs.reader.is_stream
+            else Windows(inputs.reader, **options)
+        )
         self._samples = None
         if inputs.held_out is not None and config.eval_samples:
             self._samples = EvalSamples(inputs.held_out.reader, config.eval_samples, self.folder)
@@ -224,16 +234,7 @@ class Run:
 
     def windows(self) -> Loading[Window]:
         """The windows from the state's next one on."""
-        options: dict[str, Any] = {
-            "seed": self.config.seed,
-            "global_batch_size": self.config.global_batch_size,
-            "augment": self.config.augment,
-        }
-        reader, state = self.inputs.reader, self.state
-        if reader.is_stream:
-            streamed = StreamedWindows(reader, **options, position=state.position)
-            return self._loading(streamed, first=state.window)
-        return self._loading(Windows(reader, **options), first=state.window)
+        return self._loading(self._windows, first=self.state.window)
 
     def next_window(self, windows: Loading[Window]) -> Window:
         """Wait for the next window; note its bad rows, and look at the labels of the first.
@@ -252,8 +253,8 @@ class Run:
             self._bad_rows.check_share(num_bad, max(num_seen, ROWS_CHECKED))
         except (LoaderError, ValueError) as error:
             self.save_if_new()
-            if isinstance(error, LoaderError) and not self.inputs.reader.is_stream:
-                rows = self._rows_of(error.items)
+            if isinstance(error, LoaderError) and isinstance(self._windows, Windows):
+                rows = sorted({row for w in error.items for _, row in self._windows.positions(w)})
                 message = f"{error}; it was reading one of the rows {rows}"
                 raise LoaderError(message, error.items) from error
             raise
@@ -261,16 +262,6 @@ class Run:
             logger.info("%s", check_labels(window, self.inputs.reader.collator))
             self._labels_checked = True
         return window
-
-    def _rows_of(self, numbers: Iterable[int]) -> list[int]:
-        config = self.config
-        windows = Windows(
-            self.inputs.reader,
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            augment=config.augment,
-        )
-        return sorted({row for number in numbers for _, row in windows.positions(number)})
 
     def log(self, record: dict[str, Any]) -> None:
         """Add a record to the history, with the epoch and the step, and hand it out."""
