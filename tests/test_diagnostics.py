@@ -7,8 +7,10 @@ import logging
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 
+import helpers
 import pytest
 import torch
 
@@ -20,18 +22,7 @@ from idefics_qlora.examples import pokemon_card_example
 from idefics_qlora.model import trainable_parameters
 from idefics_qlora.windows import RowReader, Windows
 
-
-def config_of(folder, **changes):
-    settings = {
-        "output_dir": folder,
-        "max_steps": 2,
-        "global_batch_size": 4,
-        "precision": "fp32",
-        "logging_steps": 1,
-        "load_best_model_at_end": False,
-        "num_workers": 0,
-    }
-    return iq.TrainConfig(**{**settings, **changes})
+config_of = partial(helpers.config_of, max_steps=2, global_batch_size=4)
 
 
 def warnings_of(caplog):

@@ -17,6 +17,7 @@ from pathlib import Path
 import finetune_pokemon_cards
 import pytest
 import torch
+from helpers import same
 from torch.utils.data import get_worker_info
 
 import idefics_qlora as iq
@@ -84,10 +85,6 @@ def victim(tmp_path_factory):
     victim.process.stdin.close()
     victim.process.wait()
     victim.process.stdout.close()
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_killed_again_and_again(victim, pytestconfig):

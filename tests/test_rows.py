@@ -6,29 +6,13 @@ import json
 import datasets
 import pytest
 import torch
+from helpers import config_of, same
 
 import idefics_qlora as iq
 from idefics_qlora.batches import Collator
 from idefics_qlora.loading import Loading
 from idefics_qlora.model import adapter_tensors
 from idefics_qlora.windows import EvalBatches, RowReader, StreamedWindows
-
-
-def config_of(folder, **changes):
-    settings = {
-        "output_dir": folder,
-        "max_steps": 4,
-        "global_batch_size": 8,
-        "precision": "fp32",
-        "logging_steps": 1,
-        "load_best_model_at_end": False,
-        "num_workers": 0,
-    }
-    return iq.TrainConfig(**{**settings, **changes})
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import config_of, same
 from peft import LoraConfig
 from torch.nn import functional as F
 
@@ -20,20 +21,6 @@ from idefics_qlora.optim import lr_at, make_optimizer
 from idefics_qlora.state import TrainState
 from idefics_qlora.training import train_step
 from idefics_qlora.windows import RowReader, Windows
-
-
-def config_of(folder, **changes):
-    """Settings of a short fp32 run without evaluation."""
-    settings = {
-        "output_dir": folder,
-        "max_steps": 4,
-        "global_batch_size": 8,
-        "precision": "fp32",
-        "logging_steps": 1,
-        "load_best_model_at_end": False,
-        "num_workers": 0,
-    }
-    return iq.TrainConfig(**{**settings, **changes})
 
 
 def without_dropout(base):
@@ -80,10 +67,6 @@ class Noting(torch.optim.SGD):
 
 def snapshot(model):
     return {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
