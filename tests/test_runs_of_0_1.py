@@ -1,0 +1,92 @@
+"""Runs that version 0.1 began go on, and end as 0.1 ended them; see ``runs_0_1/write.py``."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs_0_1 import write
+
+import idefics_qlora as iq
+from idefics_qlora.checkpoint import load_checkpoint
+from idefics_qlora.machine import COMPUTING
+
+HERE = Path(__file__).parent / "runs_0_1"
+LAST = "checkpoint-4"
+
+
+def same_machine(state):
+    """Whether this process computes with what wrote the runs, so that bits can be expected."""
+    now, then = iq.environment(), state["environment"]
+    names = [name for name in COMPUTING if name != "idefics_qlora"] + ["pillow", "torchvision"]
+    same_versions = all(now["versions"][name] == then["versions"][name] for name in names)
+    kind = ("architecture", "instructions")
+    return same_versions and all(now["cpu"][k] == then["cpu"][k] for k in kind)
+
+
+def assert_equal(ours, theirs, exactly):
+    """Tensors by name: equal to the bit, or nearly (quantised states by at most a level)."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        if exactly:
+            assert torch.equal(ours[name], tensor), name
+        elif tensor.dtype.is_floating_point:
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+        else:
+            assert (ours[name].int() - tensor.int()).abs().max() <= 1, name
+
+
+@pytest.mark.parametrize(("name", "start"), [("fp32", 2), ("fp32", 3), ("fp16", 2), ("stream", 2)])
+def test_a_run_of_0_1_goes_on(name, start, tmp_path):
+    """From a checkpoint of 0.1, and with its best, to the end that 0.1 itself came to."""
+    for step in range(2, start + 1):
+        if (checkpoint := HERE / name / f"checkpoint-{step}").is_dir():
+            shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    result = write.train(name, tmp_path, write.rows_of(HERE / "rows"))
+    theirs, ours = load_checkpoint(HERE / name / LAST), load_checkpoint(tmp_path / LAST)
+    exactly = same_machine(theirs.state)
+    assert_equal(ours.adapter, theirs.adapter, exactly)
+    assert_equal(ours.optimizer, theirs.optimizer, exactly)
+    assert_equal(ours.rng, theirs.rng, exactly)
+    assert ours.state["best_checkpoint"] == theirs.state["best_checkpoint"]
+    best = theirs.state["best_checkpoint"]
+    assert result.best_checkpoint == (best and tmp_path / best)
+    clocks = ("seconds", "data_wait_s", "runtime", "per_second")
+    there, here = (
+        [
+            {k: v for k, v in record.items() if not k.endswith(clocks)}
+            for record in content.state["log_history"]
+        ]
+        for content in (theirs, ours)
+    )
+    assert len(here) == len(there)
+    for a, b in zip(here, there, strict=True):
+        assert a == (b if exactly else pytest.approx(b, rel=1e-6))
+
+
+def test_other_rows_are_still_told_from_those_of_0_1(tmp_path):
+    """The old fingerprint is compared by its old rule: another picture is another row."""
+    shutil.copytree(HERE / "fp32" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    shutil.copytree(HERE / "rows", tmp_path / "rows")
+    shutil.copy(HERE / "rows" / "3.png", tmp_path / "rows" / "4.png")
+    with pytest.raises(ValueError, match="train_rows: other content"):
+        write.train("fp32", tmp_path / "run", write.rows_of(tmp_path / "rows"))
+
+
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
+def test_an_adapter_of_0_1_loads(tmp_path):
+    """``load_finetuned`` takes a checkpoint of 0.1, with its base where it is now."""
+    model, _ = iq.load_finetuned(HERE / "fp16" / LAST, base=iq.tiny.BASE, device="cpu")
+    theirs = load_checkpoint(HERE / "fp16" / LAST).adapter
+    assert_equal(iq.model.adapter_tensors(model), theirs, exactly=True)
+
+
+def test_the_runs_are_those_of_0_1():
+    """Nobody has written them anew: each checkpoint says 0.1.0 and has no key of a later one."""
+    states = sorted(HERE.glob("*/checkpoint-*/state.json"))
+    assert len(states) == 7
+    for file in states:
+        state = json.loads(file.read_text())
+        assert state["environment"]["versions"]["idefics_qlora"] == "0.1.0"
+        assert "run" not in state
