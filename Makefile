@@ -1,5 +1,6 @@
 # make quickstart   fine-tune the embedded model on drawn cards
-# make test         run the tests
+# make test         run all tests
+# make test-quick   run the tests that take less than ten seconds each
 # make test-faults  kill training fifty times, at random moments and inside saves
 # make lint         check style and types
 # make clean        remove the environment and all results
@@ -9,13 +10,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find idefics_qlora -type f -not -path '*/__pycache__/*')
 
-.PHONY: quickstart test test-faults lint clean
+.PHONY: quickstart test test-quick test-faults lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/installed
 	$(BIN)/pytest
+
+test-quick: $(VENV)/installed
+	$(BIN)/pytest -m "not slow"
 
 test-faults: $(VENV)/installed
 	$(BIN)/pytest tests/test_faults.py --kills 50
