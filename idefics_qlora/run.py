@@ -45,6 +45,7 @@ from idefics_qlora.evaluation import mean_loss
 from idefics_qlora.examples import ToExample
 from idefics_qlora.faults import BadRows, StopSignals, first_nonfinite_module
 from idefics_qlora.loading import LoaderError, Loading
+from idefics_qlora.notices import Notices
 from idefics_qlora.optim import make_optimizer
 from idefics_qlora.state import TrainState, restore_rng, rng_tensors
 from idefics_qlora.windows import (
@@ -103,6 +104,8 @@ class Inputs:
     total_steps: int
     origin: dict[str, Any]
     """Fingerprints of ``base``, ``train_rows`` and ``eval_rows``."""
+    notices: Notices
+    """What has been warned of."""
 
 
 def check_inputs(
@@ -146,7 +149,7 @@ def check_inputs(
         eval_reader = RowReader(eval_rows, "eval_rows", to_example, collator)
         held_out = EvalBatches(eval_reader, config.eval_batch_size)
         origin["eval_rows"] = _first_rows(eval_reader, config)
-    return Inputs(model, processor, config, reader, held_out, total_steps, origin)
+    return Inputs(model, processor, config, reader, held_out, total_steps, origin, Notices())
 
 
 class Run:
@@ -168,6 +171,7 @@ class Run:
     ) -> None:
         config, model = inputs.config, inputs.model
         self.inputs = inputs
+        self.notices = inputs.notices
         self.config = config
         self.folder = Path(config.output_dir)
         self.stop = stop
@@ -449,6 +453,8 @@ class Run:
         if finished and self.config.load_best_model_at_end:
             _load_best(model, state.best_checkpoint)
         model.eval()
+        if summary := str(self.notices):
+            logger.warning("%s", summary)
         stopped = None if finished else self.stop.received
         return TrainResult(
             global_step=state.global_step,
