@@ -57,6 +57,11 @@ def decode(
 
 
 def _check_pixels(image: Image.Image, name: str, access: ImageAccess) -> None:
+    if 0 in image.size:
+        raise BadImage(
+            name,
+            f"{image.width} x {image.height} pixels: it is empty (cut beyond its border?)",
+        )
     if image.width * image.height > access.max_pixels:
         raise BadImage(
             name,

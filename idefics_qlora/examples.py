@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Turn:
         for are_texts, run in groupby(content, is_text):
             if not are_texts:
                 items += run
-            elif text := "".join(map(str, run)).strip():
+            elif not _is_blank(text := "".join(map(str, run)).strip()):
                 items.append(text)
         if not items:
             raise ValueError(f"content={self.content!r:.80} is empty: remove the turn or the row")
@@ -83,8 +84,8 @@ class Example:
 
     Raises:
         TypeError: If an item of the prompt is neither text nor an image.
-        ValueError: If the prompt or the completion is empty, a text is a bare image URL, or a
-            dialogue ends with a turn of the assistant.
+        ValueError: If the prompt or the completion is empty, a text is a bare URL or path of a
+            picture or no Unicode, or a dialogue ends with a turn of the assistant.
     """
 
     prompt: Sequence[PromptItem]
@@ -94,10 +95,11 @@ class Example:
         object.__setattr__(self, "prompt", as_prompt(self.prompt))
         if not isinstance(self.completion, str):
             raise TypeError(f"completion={self.completion!r:.80}: expected a string")
-        if not self.completion.strip():
+        _check_unicode(self.completion, "completion")
+        if _is_blank(self.completion):
             raise ValueError(
-                f"completion={self.completion!r} is empty: there is nothing to learn from this "
-                "row; remove it, or give its text"
+                f"completion={self.completion!r:.80} is empty, or nothing of it can be seen: there "
+                "is nothing to learn from this row; remove it, or give its text"
             )
 
 
@@ -127,15 +129,49 @@ def as_prompt(prompt: Any) -> Sequence[PromptItem]:
     return prompt
 
 
+PICTURE_ENDING = r"(?i:\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|avif))"
+"""How the names of pictures end, as a regular expression."""
+
+_INVISIBLE = {*"\u034f\u115f\u1160\u2800\u3164\uffa0", *map(chr, range(0xFE00, 0xFE10))}
+"""What Unicode counts as letters, signs or marks, though nothing is drawn: fillers, selectors."""
+
+
+def _is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: spaces, zero-width and control characters."""
+    return all(
+        c.isspace() or c in _INVISIBLE or unicodedata.category(c) in ("Cc", "Cf") for c in text
+    )
+
+
+def _check_unicode(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the {name} {text!r:.80} has half a character, {text[error.start]!r}, at position "
+            f"{error.start} (a text cut within an emoji?): expected Unicode; "
+            'text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") mends it'
+        ) from error
+
+
 def _check_items(items: Any, name: str, may_be_url: bool = False) -> None:
     if not isinstance(items, Sequence) or isinstance(items, (bytes, bytearray)):
         raise TypeError(f"{name}={items!r:.80}: expected text, or a list of texts and images")
     for item in items:
         if isinstance(item, str):
-            if not may_be_url and re.fullmatch(r"\s*https?://\S+\s*", item):
+            _check_unicode(item, f"{name} text")
+            if may_be_url:
+                continue
+            if re.fullmatch(r"\s*https?://\S+\s*", item):
                 raise ValueError(
                     f"the {name} text {item!r} is a bare URL: a string is text for the model; to "
                     "show it the picture, pass idefics_qlora.images.open_image(url)"
+                )
+            if re.fullmatch(rf"\s*\S+{PICTURE_ENDING}\s*", item):
+                raise ValueError(
+                    f"the {name} text {item!r} is the path of a picture: a string is text for the "
+                    "model; to show it the picture, pass pathlib.Path(...); if the name is meant, "
+                    "put it into a sentence"
                 )
         elif not isinstance(item, (Image.Image, os.PathLike, bytes, bytearray, Mapping)):
             hint = "; the row has no image" if item is None else ""
