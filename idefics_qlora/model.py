@@ -295,8 +295,15 @@ def check_trainable(model: PeftModel) -> None:
     """See that what would be trained is part of the adapter, so that a checkpoint holds it.
 
     Raises:
-        ValueError: If nothing would be trained, or something that the adapter's files leave out.
+        ValueError: If nothing would be trained, or something that the adapter's files leave out,
+            or the model was made under ``torch.inference_mode()``, which no gradient survives.
     """
+    if made := [name for name, p in model.named_parameters() if p.is_inference()]:
+        raise ValueError(
+            f"{made[0]} ({len(made)} parameters in all) was made under torch.inference_mode(), "
+            "whose tensors can never be trained: call load_model and add_lora (or load_finetuned) "
+            "outside of it"
+        )
     trainable = trainable_parameters(model)
     if not isinstance(model, PeftModel):
         raise ValueError("the model has no adapter: call add_lora(model) first")

@@ -35,6 +35,8 @@ from idefics_qlora.windows import Rows, Window
 logger = logging.getLogger(__name__)
 
 
+@torch.inference_mode(False)  # whoever calls, from under whatever mode, means to train
+@torch.enable_grad()
 def train(
     model: PeftModel,
     processor: models.Processor,
