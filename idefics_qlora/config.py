@@ -136,7 +136,7 @@ class TrainConfig:
     """Processes that load windows ahead. 0: load in the main process. Changes speed only."""
 
     loader_timeout_s: float = 600.0
-    """Seconds to wait for a window from a loader worker before the run stops."""
+    """Seconds that reading a window may take in a loader worker before the run stops."""
 
     def __post_init__(self) -> None:
         problems = [*self._choice_problems(), *self._number_problems()]
