@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +33,8 @@ class ImageAccess:
     """
 
     folder: str | os.PathLike[str] | None = None
-    """Relative paths are taken from here and may not lead out of it, neither by ``..`` nor by a
-    symbolic link. ``None``: every path is the caller's own, relative to the working directory."""
+    """Paths are taken from here and may not lead out of it, neither by ``..`` nor by a symbolic
+    link. ``None``: every path is the caller's own, relative to the working directory."""
 
     allow_absolute_paths: bool = False
     """With a ``folder``: absolute paths are opened too, wherever they lead."""
@@ -86,6 +89,28 @@ DEFAULT_ACCESS = ImageAccess()
 """Any file, public hosts only, the user's cache."""
 
 
+_in_force: ContextVar[ImageAccess] = ContextVar("image_access", default=DEFAULT_ACCESS)
+
+
+def access_in_force() -> ImageAccess:
+    """What pictures are opened with where no access is named."""
+    return _in_force.get()
+
+
+@contextmanager
+def opening_with(access: ImageAccess) -> Iterator[None]:
+    """Let ``access`` be in force in this block.
+
+    So the access of a whole run holds in a user's ``to_example`` as well, which is called with
+    nothing but its row.
+    """
+    token = _in_force.set(access)
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
+
+
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://|(blob|data|file|ftps?|https?):", re.IGNORECASE)
 
 
@@ -116,7 +141,7 @@ def find_file(source: str | os.PathLike[str], access: ImageAccess) -> Path:
     name = f"{os.fspath(source)!r:.500}"
     path = Path(source)
     try:
-        path = _checked_path(name, path, access)
+        path = checked_path(name, path, access)
         # Before it is opened: a pipe or a device could block, or do something when opened.
         _check_file(name, path.stat(), access)
         return path
@@ -145,19 +170,23 @@ def read_file(source: str | os.PathLike[str], access: ImageAccess) -> bytes:
         raise BadImage(name, error.strerror or str(error)) from error
 
 
-def _checked_path(name: str, path: Path, access: ImageAccess) -> Path:
+def checked_path(name: str, path: Path, access: ImageAccess) -> Path:
+    """Where a path leads, if ``access`` lets it lead there; whether there is a file is not asked.
+
+    Raises:
+        BadImage: If it leads out of the folder; ``name`` is what the error calls it.
+    """
     if access.folder is None or (path.is_absolute() and access.allow_absolute_paths):
         return path
     folder = Path(access.folder).resolve()
-    if path.anchor:
-        raise BadImage(
-            name,
-            f"an absolute path, where paths are relative to {folder}: pass "
-            "ImageAccess(allow_absolute_paths=True) if the rows may name any file",
-        )
-    resolved = (folder / path).resolve()
+    resolved = (folder / path).resolve()  # an absolute path stays what it is
     if ".." in path.parts or not resolved.is_relative_to(folder):
-        raise BadImage(name, f"the path leads out of {folder}: expected one inside it")
+        way_out = (
+            ", or pass ImageAccess(allow_absolute_paths=True) if the rows may name any file"
+            if path.anchor
+            else ""
+        )
+        raise BadImage(name, f"leads out of {folder}: expected a path inside it{way_out}")
     return resolved
 
 

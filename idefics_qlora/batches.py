@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.config import LossOn
 from idefics_qlora.examples import (
     Example,
@@ -144,6 +145,7 @@ class Collator:
         max_length: Text tokens of an example at most, image tokens included. A longer example
             loses the end of its completion, with the end token; in a dialogue, later turns and
             their images first. ``None``: no limit.
+        access: What pictures are opened with.
     """
 
     def __init__(
@@ -152,11 +154,13 @@ class Collator:
         loss_on: LossOn = "completion",
         num_embeddings: int | None = None,
         max_length: int | None = None,
+        access: ImageAccess = DEFAULT_ACCESS,
     ) -> None:
         self.tokenizer = processor.tokenizer
         self.loss_on = loss_on
         self.num_embeddings = num_embeddings
         self.max_length = max_length
+        self.access = access
         self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         around_id = self.tokenizer.convert_tokens_to_ids(AROUND_IMAGE)
         special = [self.image_id, around_id, self.tokenizer.bos_token_id]
@@ -351,7 +355,7 @@ class Collator:
             BadImage: If an image cannot be opened.
         """
         number = None if tokens is None else tokens.ids.count(self.image_id)
-        images = [open_image(item) for item in prompt_images(prompt)[:number]]
+        images = [open_image(item, self.access) for item in prompt_images(prompt)[:number]]
         if crop_seed is None:
             return [full_image(image, self.side) for image in images]
         return [random_crop(image, self.side, crop_seed + n) for n, image in enumerate(images)]

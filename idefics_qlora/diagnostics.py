@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from idefics_qlora import model as models
+from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.batches import IGNORE, Batch, Collator, Tokens
 from idefics_qlora.config import LossOn
-from idefics_qlora.examples import ToExample, as_example
+from idefics_qlora.examples import ToExample
 from idefics_qlora.generation import generate_from_tokens
 from idefics_qlora.images import write_png
 from idefics_qlora.loss import summed_cross_entropy
@@ -246,6 +247,7 @@ def image_use(
     max_length: int | None = None,
     max_new_tokens: int = 50,
     seed: int = 0,
+    access: ImageAccess = DEFAULT_ACCESS,
 ) -> ImageUse:
     """Measure whether a model uses the pictures, or would say the same without.
 
@@ -266,6 +268,7 @@ def image_use(
         max_length: Text tokens of an example at most.
         max_new_tokens: Tokens of a generated text at most.
         seed: Decides which pictures are exchanged, and the confidence interval's resampling.
+        access: As in ``train``.
 
     Returns:
         The losses, their paired differences, and the fields' shares of right values.
@@ -273,7 +276,7 @@ def image_use(
     Raises:
         ValueError: If fewer than two rows have a picture.
     """
-    collator = Collator(processor, loss_on, models.num_embeddings(model), max_length)
+    collator = Collator(processor, loss_on, models.num_embeddings(model), max_length, access)
     reader = RowReader(rows, "rows", to_example, collator)
     reader.need_length()
     read: list[tuple[int, Tokens, list[Tensor]]] = []
@@ -306,7 +309,7 @@ def image_use(
 
     shares: dict[str, dict[str, float]] = {}
     if fields is not None:
-        examples = [as_example(reader.rows[index], to_example) for index, *_ in read]  # type: ignore[index]
+        examples = [reader.example(reader.rows[index]) for index, *_ in read]  # type: ignore[index]
         prompts = collator.prompt_tokens([example.prompt for example in examples])
         expected = [fields(example.completion) for example in examples]
         # A max_length may have cut off turns with pictures; the prompt to generate from has all.
@@ -393,7 +396,7 @@ class EvalSamples:
             if len(self.rows) == number:
                 break
             try:
-                example = as_example(reader.rows[index], reader.to_example)  # type: ignore[index]
+                example = reader.example(reader.rows[index])  # type: ignore[index]
                 pixels = self.collator.pixels(example.prompt)
             except Exception:
                 continue  # it is noted when its batch is evaluated

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from idefics_qlora import model as models
+from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.batches import Collator
 from idefics_qlora.config import LossOn, OnBadRow
 from idefics_qlora.examples import ToExample
@@ -31,6 +32,7 @@ def evaluate(
     max_length: int | None = None,
     on_bad_row: OnBadRow = "skip",
     num_workers: int = 0,
+    access: ImageAccess = DEFAULT_ACCESS,
 ) -> dict[str, Any]:
     """Loss of a model on held-out rows.
 
@@ -47,6 +49,7 @@ def evaluate(
         max_length: Text tokens of an example at most, as in :class:`~idefics_qlora.TrainConfig`.
         on_bad_row: What to do with a row that cannot be read: ``skip`` or ``raise``.
         num_workers: Processes that load batches ahead.
+        access: As in ``train``.
 
     Returns:
         ``eval_loss`` (cross-entropy per target token over all rows together, in nats),
@@ -57,7 +60,7 @@ def evaluate(
         ValueError: If there are no rows, or a row is bad and ``on_bad_row`` says so, or more than
             5 % are.
     """
-    collator = Collator(processor, loss_on, models.num_embeddings(model), max_length)
+    collator = Collator(processor, loss_on, models.num_embeddings(model), max_length, access)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
     batches = EvalBatches(RowReader(rows, "rows", to_example, collator), batch_size)

@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from PIL import Image
 
-from idefics_qlora.access import DEFAULT_ACCESS, BadImage, ImageAccess
-from idefics_qlora.images import Source, open_image
+from idefics_qlora.access import DEFAULT_ACCESS, BadImage, ImageAccess, opening_with
+from idefics_qlora.images import Source, open_image, part_source
 
 Role = Literal["system", "user", "assistant"]
 
@@ -281,18 +281,17 @@ def _content_part(part: Any, number: int) -> str | Image.Image | None:
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     if kind == "image":
-        # `datasets` gives every part all keys, so an absent key and None mean the same.
-        for key in ("image", "path", "url"):
-            if part.get(key) is not None:
-                return _picture(part[key], f"content[{number}]")
-        return None
+        source = part_source(part)
+        return None if source is None else _picture(source, f"content[{number}]")
     raise TypeError(
         f'content[{number}]={part!r:.80}: expected {{"type": "text", "text": a string}} or '
         '{"type": "image"}'
     )
 
 
-def as_example(row: Any, to_example: ToExample | None = None) -> Example:
+def as_example(
+    row: Any, to_example: ToExample | None = None, access: ImageAccess = DEFAULT_ACCESS
+) -> Example:
     """The row's :class:`Example`.
 
     Args:
@@ -300,12 +299,18 @@ def as_example(row: Any, to_example: ToExample | None = None) -> Example:
         to_example: The user's conversion, or ``None`` for rows that are examples already, or
             mappings with ``messages``, or with ``prompt`` and ``completion``, or rows like
             PokemonCards'. Images stand in the texts' parts or in ``images`` (or one in ``image``).
+        access: What the row's pictures are opened with, unless ``to_example`` names another.
 
     Raises:
         TypeError: If the row has no known format, or a value in it has the wrong type.
         ValueError: If a value in it cannot be used (``BadImage`` for an image).
         KeyError: If ``to_example`` asks for a column that is not there.
     """
+    with opening_with(access):
+        return _as_example(row, to_example)
+
+
+def _as_example(row: Any, to_example: ToExample | None) -> Example:
     if to_example is not None:
         example = to_example(row)
         if not isinstance(example, Example):
@@ -384,7 +389,7 @@ QUESTION = "Question: What's on the picture? Answer:"
 """The tutorial's prompt text."""
 
 
-def _picture(value: Any, name: str, access: ImageAccess = DEFAULT_ACCESS) -> Image.Image:
+def _picture(value: Any, name: str, access: ImageAccess | None = None) -> Image.Image:
     """Open a value of an image column; a string is a URL or a path, as ``open_image`` says."""
     with naming_row(name):
         return open_image(value, access)
@@ -418,7 +423,7 @@ def _image(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Any, str]:
 
 
 def pokemon_card_example(
-    row: Mapping[str, Any], *, question: str = QUESTION, access: ImageAccess = DEFAULT_ACCESS
+    row: Mapping[str, Any], *, question: str = QUESTION, access: ImageAccess | None = None
 ) -> Example:
     """The tutorial's example from a row of the PokemonCards dataset (or one with its columns).
 
@@ -426,7 +431,7 @@ def pokemon_card_example(
         row: Has ``name``, ``caption`` and the picture as ``image``, or as ``image_path`` or
             ``image_url`` (each a URL or a file path).
         question: The prompt's text, after the picture.
-        access: How pictures may be opened.
+        access: How pictures may be opened; ``None``: as for :func:`~images.open_image`.
 
     Returns:
         ``[image, question]`` with the completion
@@ -455,7 +460,7 @@ class Captions:
         image: The picture's column. Its values are PIL images (as a ``datasets.Image`` column has
             them), bytes, mappings with ``bytes`` or ``path``, paths, or strings, which are URLs or
             paths. ``None``: the first of ``image``, ``image_path`` and ``image_url`` with a value.
-        access: How pictures may be opened.
+        access: How pictures may be opened; ``None``: as for ``images.open_image``.
 
     Raises:
         ValueError: If a template is none; and, when called, if a column is missing or has no value
@@ -465,7 +470,7 @@ class Captions:
     answer: str
     question: str = QUESTION
     image: str | None = None
-    access: ImageAccess = DEFAULT_ACCESS
+    access: ImageAccess | None = None
 
     def __post_init__(self) -> None:
         for name in ("answer", "question"):

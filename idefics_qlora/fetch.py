@@ -226,8 +226,8 @@ class _CheckedNetwork(httpcore2.NetworkBackend):
             if not public:
                 raise _Refused(
                     f"{host} is at {addresses[0]}, which is no public address: pass "
-                    "access=ImageAccess(allow_private_hosts=True) to open_image or Captions if you "
-                    "trust where the URLs come from"
+                    "access=ImageAccess(allow_private_hosts=True) to train, evaluate, generate or "
+                    "open_image if you trust where the URLs come from"
                 )
             addresses = public
         for address in addresses[:4]:

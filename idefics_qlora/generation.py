@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess, opening_with
 from idefics_qlora.batches import AROUND_IMAGE, IMAGE_TOKEN, Collator, Tokens, end_ids
 from idefics_qlora.examples import PromptItem, as_prompt, naming_row
 from idefics_qlora.model import Model, Processor, evaluation_mode, num_embeddings
@@ -20,6 +21,7 @@ def generate(
     max_new_tokens: int = 50,
     batch_size: int = 8,
     return_full_text: bool = False,
+    access: ImageAccess = DEFAULT_ACCESS,
     **generate_options: Any,
 ) -> list[str]:
     """Continue prompts of interleaved images and texts.
@@ -35,6 +37,7 @@ def generate(
         max_new_tokens: Tokens at most per text.
         batch_size: Prompts in one batch.
         return_full_text: Return the prompt's text as well (images are left out of it).
+        access: As in ``train``.
         **generate_options: For ``transformers``' ``generate``, such as ``do_sample=True``.
 
     Returns:
@@ -43,10 +46,10 @@ def generate(
     Raises:
         ValueError: If a prompt is not valid; the message names it (``BadImage`` for an image).
     """
-    collator = Collator(processor, num_embeddings=num_embeddings(model))
+    collator = Collator(processor, num_embeddings=num_embeddings(model), access=access)
     tokens, pixels = [], []
     for i, prompt in enumerate(prompts):
-        with naming_row(f"prompts[{i}]"):
+        with naming_row(f"prompts[{i}]"), opening_with(access):
             prompt = as_prompt(prompt)
             tokens += collator.prompt_tokens([prompt])
             pixels.append(collator.pixels(prompt))

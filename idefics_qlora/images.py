@@ -28,6 +28,7 @@ from idefics_qlora.access import (
     DEFAULT_ACCESS,
     BadImage,
     ImageAccess,
+    access_in_force,
     find_file,
     is_url,
     read_file,
@@ -57,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_image(
-    source: Source, access: ImageAccess = DEFAULT_ACCESS, *, min_side: int | None = None
+    source: Source, access: ImageAccess | None = None, *, min_side: int | None = None
 ) -> Image.Image:
     """Open a picture and return it as RGB.
 
@@ -66,7 +67,9 @@ def open_image(
             ``bytes`` or ``path`` (as ``datasets`` stores pictures), or a PIL image. A string that
             starts with ``http://`` or ``https://`` is a URL; every other string is a path, and a
             path object is always one.
-        access: What may be opened, the limits, and where downloads are kept.
+        access: What may be opened, the limits, and where downloads are kept. ``None``: in a
+            ``to_example``, the ``access`` of the ``train``, ``evaluate``, ... that asks for the
+            row; elsewhere that of ``ImageAccess()``.
         min_side: Side in pixels of the square the picture is for. A large JPEG is then decoded at
             1/2, 1/4 or 1/8 of its size, which is faster, but stays large enough that a random crop
             of it is scaled down by 2 or more. The same seed then gives another crop, because crops
@@ -83,6 +86,7 @@ def open_image(
             it is too large. Nothing else is raised, whatever the source is.
     """
     name = _describe(source)
+    access = access_in_force() if access is None else access
     try:
         if isinstance(source, Image.Image):
             return decode(source, name, access, min_side)
@@ -212,9 +216,9 @@ def prefetch_images(
 
     Args:
         rows: A ``datasets.Dataset``, or any sequence of mappings.
-        column: Holds the URLs, one or a list in each row. Paths in it are looked up, everything
-            else is passed over.
-        access: As for :func:`open_image`; training must use the same ``cache_dir``.
+        column: Holds the URLs, one or a list in each row, or chat messages with pictures in their
+            parts. Paths in it are looked up, everything else is passed over.
+        access: As for :func:`open_image`; pass the same one to training.
         num_threads: Downloads at the same time.
         max_per_host: Of these, downloads from the same host.
 
@@ -286,10 +290,24 @@ def _column(rows: Any, column: str) -> Any:
 
 
 def _sources(values: Any) -> Iterator[tuple[int, Any]]:
-    """Each row's number with each of its sources; a row may have a list of them."""
+    """Each row's number with each of its sources; a row may have a list of them, or messages."""
     for index, value in enumerate(values):
-        for source in value if isinstance(value, (list, tuple)) else [value]:
-            yield index, source
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, Mapping) and "role" in item:
+                parts = item["content"] if isinstance(item.get("content"), (list, tuple)) else ()
+                carried = [part_source(p) for p in parts if isinstance(p, Mapping)]
+                yield from ((index, source) for source in carried if source is not None)
+            else:
+                yield index, item
+
+
+def part_source(part: Mapping[str, Any]) -> Any:
+    """The picture that a part of a chat message carries; ``None`` if it carries none."""
+    if part.get("type") != "image":
+        return None
+    # `datasets` gives every part all keys, so an absent key and None mean the same.
+    values = (part.get(key) for key in ("image", "path", "url"))
+    return next((value for value in values if value is not None), None)
 
 
 def _download_all(

@@ -15,6 +15,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.batches import IGNORE, Collator
 from idefics_qlora.config import LossOn
 from idefics_qlora.examples import ToExample
@@ -101,6 +102,7 @@ def preview_batch(
     augment: bool = False,
     seed: int = 42,
     image_dir: str | os.PathLike[str] | None = None,
+    access: ImageAccess = DEFAULT_ACCESS,
 ) -> Preview:
     """Show what the model gets of some rows: every token, what is learnt, what sees which image.
 
@@ -118,6 +120,7 @@ def preview_batch(
             in an evaluation.
         seed: Seed of the training whose crops are shown.
         image_dir: Folder for the images as PNG files. ``None``: a new temporary folder.
+        access: As in ``train``.
 
     Returns:
         The rows as the model gets them; ``str()`` gives the text without colours.
@@ -125,7 +128,7 @@ def preview_batch(
     Raises:
         ValueError: If a row is bad; the message names it.
     """
-    collator = Collator(processor, loss_on, max_length=max_length)
+    collator = Collator(processor, loss_on, max_length=max_length, access=access)
     if not hasattr(rows, "__len__"):  # a stream: as far as it is to be shown
         rows = list(islice(iter(rows), max(indices or [1]) + 1))
     reader = RowReader(rows, "rows", to_example, collator)

@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from idefics_qlora import model as models
+from idefics_qlora.access import ImageAccess
 from idefics_qlora.batches import Collator
 from idefics_qlora.checkpoint import (
     MANIFEST,
@@ -115,6 +116,7 @@ def check_inputs(
     eval_rows: Rows | None,
     config: TrainConfig,
     to_example: ToExample | None,
+    access: ImageAccess,
 ) -> Inputs:
     """See that rows, model and settings go together, and read the first rows.
 
@@ -128,7 +130,8 @@ def check_inputs(
             "load_best_model_at_end=False"
         )
     models.check_trainable(model)
-    collator = Collator(processor, config.loss_on, models.num_embeddings(model), config.max_length)
+    embeddings = models.num_embeddings(model)
+    collator = Collator(processor, config.loss_on, embeddings, config.max_length, access)
     reader = RowReader(train_rows, "train_rows", to_example, collator)
     if reader.is_stream and config.max_steps is None:
         raise ValueError("max_steps=None: a stream of rows has no length, so say how many steps")
@@ -329,6 +332,7 @@ class Run:
                 batch_size=self.config.eval_batch_size,
                 loss_on=self.config.loss_on,
                 max_length=self.config.max_length,
+                access=reader.collator.access,
             )
         except ValueError as error:
             logger.warning("whether the model looks cannot be told: %s", error)

@@ -6,23 +6,27 @@ import csv
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from idefics_qlora.access import is_url
+from idefics_qlora.access import DEFAULT_ACCESS, BadImage, ImageAccess, checked_path, is_url
 from idefics_qlora.examples import IMAGE_COLUMNS
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 """What a folder's metadata is called, as in the ``imagefolder`` of ``datasets``."""
 
 
-def load_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def load_rows(
+    path: str | os.PathLike[str], *, access: ImageAccess = DEFAULT_ACCESS
+) -> list[dict[str, Any]]:
     """Rows of a folder of pictures with metadata, or of a JSONL or CSV file beside its pictures.
 
     In ``image``, ``image_path``, ``image_url``, the list ``images`` and the parts of chat messages,
     a string that is no URL is the path of a picture, relative to the metadata's folder. A column
     ``file_name``, as ``imagefolder`` has it, becomes ``image``. Paths that leave the folder are
-    refused, also by a symbolic link. The pictures are opened when their row is used.
+    refused, also by a symbolic link. The pictures are opened when their row is used; pass the same
+    ``access`` there.
 
     ``datasets.load_dataset("imagefolder", data_dir=...)`` reads the same folders (and folders
     without metadata); its rows can be used as well. This function makes no copy in a cache, reads
@@ -31,6 +35,8 @@ def load_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Args:
         path: A folder with ``metadata.jsonl`` or ``metadata.csv``, or a ``.jsonl`` or ``.csv`` file
             in UTF-8.
+        access: Its ``folder`` takes the place of the metadata's, and with ``allow_absolute_paths``
+            absolute paths may lead anywhere.
 
     Returns:
         One dictionary per line, pictures as absolute paths; in a list, as training needs it.
@@ -40,11 +46,11 @@ def load_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ValueError: If a line cannot be read or a path leaves the folder; names file and line.
     """
     file = _metadata_file(Path(path))
-    folder = file.parent.resolve()
+    access = replace(access, folder=Path(access.folder or file.parent).resolve())
     rows = []
     for line, row in _jsonl(file) if file.suffix == ".jsonl" else _csv(file):
         try:
-            rows.append(_with_paths(row, folder))
+            rows.append(_with_paths(row, access))
         except (OSError, RuntimeError, ValueError) as error:  # the two: links in a circle
             raise ValueError(f"{file}, line {line}: {error}") from error
     if not rows:
@@ -102,7 +108,7 @@ def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise ValueError(f"{file}, line {number}: {error}") from error
 
 
-def _with_paths(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _with_paths(row: dict[str, Any], access: ImageAccess) -> dict[str, Any]:
     row = dict(row)
     if "file_name" in row:
         if "image" in row:
@@ -114,36 +120,35 @@ def _with_paths(row: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise ValueError(f"{other[0]!r} is no column of pictures here: use `image` or `images`")
     for column in IMAGE_COLUMNS:
         if column in row:
-            row[column] = _inside(row[column], folder, column)
+            row[column] = _inside(row[column], access, column)
     if isinstance(row.get("images"), list):
         row["images"] = [
-            _inside(image, folder, f"images[{i}]") for i, image in enumerate(row["images"])
+            _inside(image, access, f"images[{i}]") for i, image in enumerate(row["images"])
         ]
     for column in ("messages", "prompt", "completion"):
         if isinstance(row.get(column), list):
-            row[column] = [_message(message, folder, column) for message in row[column]]
+            row[column] = [_message(message, access, column) for message in row[column]]
     return row
 
 
-def _message(message: Any, folder: Path, column: str) -> Any:
+def _message(message: Any, access: ImageAccess, column: str) -> Any:
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
         return message
     content = list(message["content"])
     for i, part in enumerate(content):
         if isinstance(part, Mapping) and part.get("type") == "image":
             pictures = {key: part[key] for key in ("image", "path", "url") if key in part}
-            inside = {key: _inside(value, folder, column) for key, value in pictures.items()}
+            inside = {key: _inside(value, access, column) for key, value in pictures.items()}
             content[i] = {**part, **inside}
     return {**message, "content": content}
 
 
-def _inside(value: Any, folder: Path, column: str) -> Any:
-    """The path of a picture below ``folder``; what is no path stays, and is judged when opened."""
+def _inside(value: Any, access: ImageAccess, column: str) -> Any:
+    """The path of a picture below the folder; what is no path stays, and is judged when opened."""
     if not isinstance(value, str) or not value.strip() or is_url(value.strip()):
         return value.strip() if isinstance(value, str) else value
-    path = (folder / value).resolve()  # an absolute path stays what it is
-    if ".." in Path(value).parts or not path.is_relative_to(folder):
-        raise ValueError(
-            f"{column}={value!r} leads out of {folder}: expected a path of a picture below it"
-        )
-    return folder / value
+    try:
+        checked_path(value, Path(value), access)
+    except BadImage as error:
+        raise ValueError(f"{column}={value!r} {error.reason}") from error
+    return Path(access.folder or "", value)

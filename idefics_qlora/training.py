@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from idefics_qlora import model as models
+from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.config import TrainConfig
 from idefics_qlora.diagnostics import check_coverage, gradient_coverage
 from idefics_qlora.examples import ToExample
@@ -46,6 +47,7 @@ def train(
     config: TrainConfig,
     to_example: ToExample | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
+    access: ImageAccess = DEFAULT_ACCESS,
 ) -> TrainResult:
     """Fine-tune the adapter of a model.
 
@@ -59,6 +61,7 @@ def train(
         to_example: Converts a row to an :class:`~idefics_qlora.Example`; not needed for rows that
             are examples already or have a known format.
         on_log: Called with every log record.
+        access: What may be opened as a picture, and at what cost: files, hosts, bytes, pixels.
 
     Returns:
         The run's result; the model holds the best adapter (``load_best_model_at_end``) or the last.
@@ -69,7 +72,7 @@ def train(
         FloatingPointError: If 25 windows in a row overflow in fp16, or a gradient is not finite in
             bf16 or fp32.
     """
-    inputs = check_inputs(model, processor, train_rows, eval_rows, config, to_example)
+    inputs = check_inputs(model, processor, train_rows, eval_rows, config, to_example, access)
     with (
         RunLock(Path(config.output_dir)),
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="rotation") as background,

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from idefics_qlora.batches import Batch, Collator, Tokens
-from idefics_qlora.examples import ToExample, as_example, naming_row
+from idefics_qlora.examples import Example, ToExample, as_example, naming_row
 from idefics_qlora.images import BadImage
 
 
@@ -254,10 +254,14 @@ class RowReader:
                 "list(stream.take(200))"
             )
 
+    def example(self, row: Any) -> Example:
+        """A row's example, its pictures opened with the collator's access."""
+        return as_example(row, self.to_example, self.collator.access)
+
     def _convert(self, row: Any, crop_seed: int | None) -> tuple[Tokens, list[Tensor]]:
         if self._features is not None:
             row = self._features.decode_example(row)
-        example = as_example(row, self.to_example)
+        example = self.example(row)
         (tokens,) = self.collator.tokens([example])
         return tokens, self.collator.pixels(example.prompt, crop_seed, tokens)
 
