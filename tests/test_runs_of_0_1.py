@@ -1,6 +1,7 @@
 """Runs that version 0.1 began go on, and end as 0.1 ended them; see ``runs_0_1/write.py``."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,17 @@ from idefics_qlora.machine import COMPUTING
 
 HERE = Path(__file__).parent / "runs_0_1"
 LAST = "checkpoint-4"
+TOLERANCE = {"fp32": 0.05}  # its learning rate of 1 makes two steps' rounding 1 % of the weights
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads():
+    """Another number of threads than wrote the runs adds up, and rounds, in another order."""
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:  # else whoever runs the tests has chosen
+        torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -30,18 +42,18 @@ def same_machine(state):
     now, then = iq.environment(), state["environment"]
     names = [name for name in COMPUTING if name != "idefics_qlora"] + ["pillow", "torchvision"]
     same_versions = all(now["versions"][name] == then["versions"][name] for name in names)
-    kind = ("architecture", "instructions")
+    kind = ("architecture", "instructions", "threads")
     return same_versions and all(now["cpu"][k] == then["cpu"][k] for k in kind)
 
 
-def assert_equal(ours, theirs, exactly):
-    """Tensors by name: equal to the bit, or nearly (quantised states by at most a level)."""
+def assert_equal(ours, theirs, tolerance):
+    """Tensors by name: equal to the bit (0), or nearly: relative to the norm; 8 bits to a level."""
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        if exactly:
+        if not tolerance:
             assert torch.equal(ours[name], tensor), name
         elif tensor.dtype.is_floating_point:
-            torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+            assert (ours[name] - tensor).norm() <= tolerance * tensor.norm() + 1e-6, name
         else:
             assert (ours[name].int() - tensor.int()).abs().max() <= 1, name
 
@@ -54,10 +66,10 @@ def test_a_run_of_0_1_goes_on(name, start, tmp_path):
             shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     result = write.train(name, tmp_path, write.rows_of(HERE / "rows"))
     theirs, ours = load_checkpoint(HERE / name / LAST), load_checkpoint(tmp_path / LAST)
-    exactly = same_machine(theirs.state)
-    assert_equal(ours.adapter, theirs.adapter, exactly)
-    assert_equal(ours.optimizer, theirs.optimizer, exactly)
-    assert_equal(ours.rng, theirs.rng, exactly)
+    tolerance = 0.0 if same_machine(theirs.state) else TOLERANCE.get(name, 1e-6)
+    assert_equal(ours.adapter, theirs.adapter, tolerance)
+    assert_equal(ours.optimizer, theirs.optimizer, tolerance)
+    assert_equal(ours.rng, theirs.rng, 0.0)
     assert ours.state["best_checkpoint"] == theirs.state["best_checkpoint"]
     best = theirs.state["best_checkpoint"]
     assert result.best_checkpoint == (best and tmp_path / best)
@@ -71,7 +83,7 @@ def test_a_run_of_0_1_goes_on(name, start, tmp_path):
     )
     assert len(here) == len(there)
     for a, b in zip(here, there, strict=True):
-        assert a == (b if exactly else pytest.approx(b, rel=1e-6))
+        assert a == (pytest.approx(b, rel=tolerance) if tolerance else b)
 
 
 def test_other_rows_are_still_told_from_those_of_0_1(tmp_path):
@@ -88,7 +100,7 @@ def test_an_adapter_of_0_1_loads(tmp_path):
     """``load_finetuned`` takes a checkpoint of 0.1, with its base where it is now."""
     model, _ = iq.load_finetuned(HERE / "fp16" / LAST, base=iq.tiny.BASE, device="cpu")
     theirs = load_checkpoint(HERE / "fp16" / LAST).adapter
-    assert_equal(iq.model.adapter_tensors(model), theirs, exactly=True)
+    assert_equal(iq.model.adapter_tensors(model), theirs, tolerance=0.0)
 
 
 def test_the_runs_are_those_of_0_1():
