@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
@@ -21,25 +22,31 @@ def layers():
     return layers
 
 
-def test_fp16_products_are_rounded_once(layers):
-    """Under fp16 autocast a product is accumulated in fp32 and rounded to fp16 at its end."""
-    x = torch.randn(8, 64)
-    linear = layers[0]
+@pytest.mark.parametrize("kind", ["plain", "4 bits"])
+def test_fp16_products_are_rounded_once(layers, kind):
+    """Under fp16 autocast product and bias are added in fp32 and rounded to fp16 at the end."""
+    layer = layers[kind == "4 bits"]
+    weight = layer.weight
+    if kind == "4 bits":
+        quant_state = copy.copy(weight.quant_state)
+        quant_state.dtype = torch.float32
+        weight = dequantize_4bit(weight.data, quant_state)
+    x = torch.randn(64, 64)
     with torch.autocast("cpu", dtype=torch.float16):
-        result = linear(x.half())
-    exact = x.half().double() @ linear.weight.double().T + linear.bias.double()
+        result = layer(x)
+    x = x.half()
     assert result.dtype == torch.float16
-    assert torch.equal(result, exact.half()) or (result - exact).abs().max() < 1e-3
-    with torch.autocast("cpu", dtype=torch.float16):
-        both = layers(x)
-    assert both.dtype == torch.float16
-    assert both.isfinite().all()
+    exact = x.double() @ weight.double().T + layer.bias.double()
+    last_place = torch.exp2(exact.abs().log2().floor() - 10)
+    in_fp32 = 64 * 2.0**-24 * (x.double().abs() @ weight.double().abs().T + layer.bias.abs())
+    assert ((result - exact).abs() <= last_place / 2 + in_fp32).all()
+    # The control: with another rounding, before the bias, it would not be so.
+    twice = (x.float() @ weight.float().T).half() + layer.bias
+    assert ((twice - exact).abs() > last_place / 2 + in_fp32).any()
 
 
 def test_gradients_flow_through_4_bit_layers(layers):
     """The input's gradient is the output's times the dequantised weight."""
-    from bitsandbytes.functional import dequantize_4bit
-
     layer = layers[1]
     x = torch.randn(8, 64, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.float16):

@@ -92,7 +92,7 @@ def test_killed_again_and_again(victim, pytestconfig):
     corrupt checkpoint, and the end is the untouched run's to the bit."""
     rng = random.Random(0)
     kills = runs = 0
-    events = victim.report("whole")["events"]
+    events = len(victim.report("whole")["operations"])
     while kills < pytestconfig.getoption("kills"):
         run, code = f"killed-{runs}", -signal.SIGKILL
         while code == -signal.SIGKILL and kills < pytestconfig.getoption("kills"):
@@ -114,48 +114,56 @@ def test_killed_again_and_again(victim, pytestconfig):
 
 def test_each_file_operation_of_a_save(victim, pytestconfig):
     """Killed before every single file operation of a save and its rotation, one after the other."""
-    victim.train("steps", kill_at_event=10**9, config={"max_steps": 3})
-    before = victim.report("steps")["events"]
-    victim.train("steps", config={"max_steps": 6})
-    per_run = victim.report("whole")["events"]
-    per_save = max(1, per_run // SETTINGS["max_steps"])
-    every = range(before + 1, before + 1 + per_save)
-    sample = every if pytestconfig.getoption("kills") >= 50 else every[:: max(1, per_save // 3)]
+    operations = victim.report("whole")["operations"]
+    first, after = (operations.index(f"os.mkdir .checkpoint-{n}.incomplete") for n in (3, 4))
+    every = range(first + 1, after + 2)  # counted from 1; the next save's first one as well
+    sample = every if pytestconfig.getoption("kills") >= 50 else every[:: len(every) // 3]
     for event in sample:
         run = f"operation-{event}"
         assert victim.train(run, kill_at_event=event) == -signal.SIGKILL
         newest = iq.latest_checkpoint(victim.folder / run)
         assert newest is not None
-        assert load_checkpoint(newest).state["global_step"] >= 2
+        assert load_checkpoint(newest).state["global_step"] in (2, 3)
         assert victim.train(run) == 0, victim.log(run)
         assert same(victim.end(run), victim.end("whole"))
 
 
 def test_a_full_disk_loses_nothing(victim, pytestconfig):
-    """ENOSPC at each file operation of a save: the run stops and says so, what was saved before is
-    whole, and with room again it ends like the untouched run."""
-    per_save = victim.report("whole")["events"] // SETTINGS["max_steps"]
-    every = range(2 * per_save, 3 * per_save)
-    sample = every if pytestconfig.getoption("kills") >= 50 else every[:: max(1, per_save // 2)]
-    for event in sample:
-        run = f"full-{event}"
-        if victim.train(run, disk_full=[event, event + 1]) != 0:
-            assert "No space left on device" in victim.log(run)
-            assert "Traceback" in victim.log(run)
-            assert iq.latest_checkpoint(victim.folder / run) is not None
-            assert "passed over" not in victim.log(run)
-            assert victim.train(run) == 0, victim.log(run)
+    """ENOSPC at each operation that writes a checkpoint: the run stops and says so, what was saved
+    before is whole, and with room again it ends like the untouched run."""
+    operations = victim.report("whole")["operations"]
+    writes = [operation for operation in operations if ".checkpoint-3.incomplete" in operation]
+    assert (writes[0][:8], writes[-1][:9]) == ("os.mkdir", "os.rename")
+    for operation in writes if pytestconfig.getoption("kills") >= 50 else writes[::4]:
+        run = f"full-{writes.index(operation)}"
+        assert victim.train(run, disk_full=[operation]) == 1
+        assert "No space left on device" in victim.log(run)
+        assert iq.latest_checkpoint(victim.folder / run).name == "checkpoint-2"
+        assert "passed over" not in victim.log(run)
+        assert victim.train(run) == 0, victim.log(run)
         assert same(victim.end(run), victim.end("whole"))
+
+
+def test_a_deletion_that_fails_does_not_stop_the_run(victim):
+    """An old checkpoint that cannot be deleted stays, is named, and the end is the same."""
+    operations = victim.report("whole")["operations"]
+    deletion = next(o for o in operations if o.startswith("os.rename checkpoint-"))
+    assert victim.train("kept", disk_full=[deletion]) == 0, victim.log("kept")
+    old = victim.folder / "kept" / deletion.removeprefix("os.rename ")
+    assert f"the old checkpoint {old} cannot be deleted" in victim.log("kept")
+    assert old.is_dir()
+    assert same(victim.end("kept"), victim.end("whole"))
 
 
 def test_a_full_disk_need_not_stop_the_run(victim):
     """With on_save_error="continue" training goes on, and the next save that works is whole."""
-    per_save = victim.report("whole")["events"] // SETTINGS["max_steps"]
-    full = [2 * per_save, 2 * per_save + 2]  # two saves: the first operation of each fails
+    full = [f"os.mkdir .checkpoint-{step}.incomplete" for step in (3, 4)]
     config = {"on_save_error": "continue", "save_total_limit": None}
     code = victim.train("continue", disk_full=full, config=config)
     assert code == 0, victim.log("continue")
-    assert "training goes on and tries again later" in victim.log("continue")
+    assert victim.log("continue").count("training goes on and tries again later") == 2
+    saved = sorted(path.name for path in (victim.folder / "continue").iterdir())
+    assert saved == [f"checkpoint-{step}" for step in (1, 2, 5, 6)]
     assert same(victim.end("continue"), victim.end("whole"))
 
 
@@ -172,30 +180,42 @@ def config_of(folder, **changes):
     return iq.TrainConfig(output_dir=folder, **{**SETTINGS, **changes})
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_saves_and_returns(base, processor, examples, tmp_path, name):
-    """The step is finished and saved, the handlers are as before, and a restart ends as if nothing
-    had happened."""
-    number = signal.Signals[name]
-    before = signal.getsignal(number)
+def stopping(number):
+    """An on_log that sends this process a signal after its second step."""
 
     def at_step_2(record):
         if record["step"] == 2 and "loss" in record:
             signal.raise_signal(number)
 
-    config = config_of(tmp_path / "a", save_steps=4, eval_steps=4)
-    model = iq.add_lora(copy.deepcopy(base))
-    result = iq.train(model, processor, examples, examples[:2], config=config, on_log=at_step_2)
+    return at_step_2
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_and_returns(lora, processor, examples, tmp_path, name):
+    """The step is finished and saved, though no save is due, and the handlers are as before."""
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+    config = config_of(tmp_path, save_steps=4, load_best_model_at_end=False)
+    result = iq.train(lora, processor, examples, config=config, on_log=stopping(number))
     assert (result.stopped_by, result.global_step) == (name, 2)
     assert signal.getsignal(number) is before
-    assert iq.latest_checkpoint(tmp_path / "a").name == "checkpoint-2"
-    model = iq.add_lora(copy.deepcopy(base), seed=1)
-    again = iq.train(model, processor, examples, examples[:2], config=config)
-    assert (again.stopped_by, again.global_step) == (None, 6)
-    whole = iq.add_lora(copy.deepcopy(base))
-    config = config_of(tmp_path / "b", save_steps=4, eval_steps=4)
-    iq.train(whole, processor, examples, examples[:2], config=config)
-    assert same(adapter_tensors(model), adapter_tensors(whole))
+    assert iq.latest_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_what_a_signal_stopped_goes_on(base, processor, examples, tmp_path):
+    """A restart after a signal ends as if nothing had happened."""
+    ends = []
+    for name, on_log in (("whole", None), ("stopped", stopping(signal.SIGTERM))):
+        config = config_of(tmp_path / name, save_steps=4, eval_steps=4)
+        model = iq.add_lora(copy.deepcopy(base))
+        result = iq.train(model, processor, examples, examples[:2], config=config, on_log=on_log)
+        if on_log is not None:
+            assert result.stopped_by == "SIGTERM"
+            model = iq.add_lora(copy.deepcopy(base), seed=1)
+            result = iq.train(model, processor, examples, examples[:2], config=config)
+        assert (result.stopped_by, result.global_step) == (None, 6)
+        ends.append(adapter_tensors(model))
+    assert same(*ends)
 
 
 def test_a_second_signal_stops_at_once(lora, processor, examples, tmp_path):
@@ -458,16 +478,25 @@ def test_clocks_may_jump(base, processor, examples, tmp_path, monkeypatch):
     """Neither the wall clock nor files' times decide which checkpoint is new, kept or best."""
     config = config_of(tmp_path)
 
-    def back_to_1970(record):
+    def turn_back(*_):
+        """Each checkpoint looks older than those before it."""
         for path in tmp_path.glob("checkpoint-*"):
-            os.utime(path, (10**9 - 1000 * record["step"],) * 2)
+            step = int(path.name.split("-")[1])
+            for file in (path, *path.iterdir()):
+                os.utime(file, (10**9 - 1000 * step,) * 2)
 
     monkeypatch.setattr("time.time", iter(range(10**9, 0, -1000)).__next__)
     model = iq.add_lora(base)
-    result = iq.train(model, processor, examples, examples[:2], config=config, on_log=back_to_1970)
+    result = iq.train(model, processor, examples, examples[:2], config=config, on_log=turn_back)
     monkeypatch.undo()
+    turn_back()
+    losses = {r["step"]: r["eval_loss"] for r in result.log_history if "eval_loss" in r}
+    best = min(losses, key=losses.get)
+    assert best > 1  # by its time, checkpoint-1 would be the newest
+    assert result.best_checkpoint.name == f"checkpoint-{best}"
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{best if best < 6 else 5}", "checkpoint-6"}
     assert iq.latest_checkpoint(tmp_path).name == "checkpoint-6"
-    assert result.best_checkpoint.is_dir()
     assert result.metrics["train_runtime"] > 0
 
 

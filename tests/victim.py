@@ -51,17 +51,18 @@ def main() -> None:
 def train(order: dict, model, processor, cards: list) -> int:
     """What a user's script does; the exit code."""
     logging.basicConfig(level=logging.WARNING)
-    events = 0
+    operations: list[str] = []
 
     def watch(event: str, arguments: tuple) -> None:
-        nonlocal events
         opened = event == "open" and str(arguments[0]).startswith(order["output_dir"])
         if not opened and event not in FILE_EVENTS:
             return
-        events += 1
-        if events == order.get("kill_at_event"):
+        # Such as "os.rename .checkpoint-3.incomplete"
+        operation = f"{event} {os.fsdecode(arguments[0]).removeprefix(order['output_dir'] + '/')}"
+        operations.append(operation)
+        if len(operations) == order.get("kill_at_event"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if order.get("disk_full", [0, 0])[0] <= events < order.get("disk_full", [0, 0])[1]:
+        if operation in order.get("disk_full", ()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     sys.addaudithook(watch)
@@ -79,7 +80,7 @@ def train(order: dict, model, processor, cards: list) -> int:
             to_example=pokemon_card_example,
         )
         with open(order["report"], "w") as file:
-            json.dump({"step": result.global_step, "events": events}, file)
+            json.dump({"step": result.global_step, "operations": operations}, file)
         return 0
     except Exception:
         traceback.print_exc()
