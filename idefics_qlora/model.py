@@ -18,7 +18,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -314,6 +314,40 @@ def check_trainable(model: PeftModel) -> None:
             f"{outside[0]} ({len(outside)} in all) would be trained but is no part of the adapter, "
             "so no checkpoint would hold it: name its module in LoraConfig(modules_to_save=[...]), "
             "or freeze it"
+        )
+
+
+def check_finite(parameters: Mapping[str, Parameter], way_out: str) -> None:
+    """See that no weight is NaN or infinite already: no arithmetic could mend it.
+
+    A quantised weight is judged by the numbers it is put together from.
+
+    Args:
+        parameters: By name, all on one device.
+        way_out: What to do about one that is.
+
+    Raises:
+        ValueError: Naming the modules.
+    """
+    names, extremes = [], []
+    for name, parameter in parameters.items():
+        numbers = [parameter.detach()]
+        if (quantised := getattr(parameter, "quant_state", None)) is not None:
+            numbers = [quantised.absmax, quantised.code]
+            if quantised.nested:
+                numbers = [quantised.offset, quantised.state2.absmax, quantised.code]
+        for tensor in numbers:
+            if tensor.is_floating_point() and tensor.numel():
+                names.append(name)
+                extremes.append(torch.stack(tensor.aminmax()).float())  # NaN if one is
+    finite = torch.stack(extremes).isfinite().all(dim=1).tolist() if extremes else []  # sync
+    bad = [name for name, fine in zip(names, finite, strict=True) if not fine]
+    modules = [name.removeprefix("base_model.model.").rpartition(".")[0] for name in bad]
+    if modules := list(dict.fromkeys(modules)):
+        more = f" and {len(modules) - 3} more" if len(modules) > 3 else ""
+        raise ValueError(
+            f"weights that are NaN or infinite before training: {', '.join(modules[:3])}{more}; "
+            f"every loss would be NaN: {way_out}"
         )
 
 

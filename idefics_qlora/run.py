@@ -185,6 +185,11 @@ class Run:
         models.set_compute_dtype(model, models.DTYPES[config.precision])
         models.set_activation_checkpointing(model, config.gradient_checkpointing)
         self._trainable = models.trainable_parameters(model)
+        models.check_finite(
+            {name: p for name, p in model.named_parameters() if not p.requires_grad},
+            "load the base again, from files that are whole; if its values are beyond fp16's "
+            "65504, load_model(compute_dtype=torch.bfloat16) and precision='bf16'",
+        )
         device = next(iter(self._trainable.values())).device
         self.state = TrainState(
             model=model,
@@ -196,8 +201,12 @@ class Run:
             origin=inputs.origin,
             unlogged_loss=torch.zeros((), dtype=torch.float64, device=device),
         )
+        way_out = "make the adapter anew with add_lora, or load it from a checkpoint that is sound"
         if (checkpoint := _resume_from(config)) is not None:
             self.state.restore(load_checkpoint(checkpoint), checkpoint)
+            way_out = f"{checkpoint} holds them: delete it, or resume from an earlier one"
+        models.check_finite(self._trainable, way_out)
+        if checkpoint is not None:
             set_aside(self.folder, self.state.global_step)
             self._bring_best()
             logger.info("resumed from %s at step %d", checkpoint, self.state.global_step)
