@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpcore2
 import httpx2
@@ -51,7 +51,7 @@ class Downloader:
     def __exit__(self, *_: object) -> None:
         self._pool.close()
 
-    def download(self, url: str) -> bytes:
+    def download(self, url: str) -> Download:
         """The body behind an http(s) URL.
 
         Raises:
@@ -82,24 +82,26 @@ class Downloader:
         finally:
             _deadline.reset(token)
 
-    def _follow(self, text: str) -> bytes:
+    def _follow(self, text: str) -> Download:
         url = _checked_url(text)
+        is_public = True
         for _ in range(self._access.max_redirects + 1):
             try:
-                answer = self._ask(url)
+                answer, was_public = self._ask(url)
             except httpcore2.TimeoutException as error:
                 raise _Temporary(f"no answer in time: {error or type(error).__name__}") from error
             except (httpcore2.NetworkError, httpcore2.ProtocolError) as error:
                 if _is_certificate_error(error):
                     raise _Refused(f"the server's certificate is not valid: {error}") from error
                 raise _Temporary(f"the connection failed: {error}") from error
+            is_public = is_public and was_public
             if isinstance(answer, bytes):
-                return answer
+                return Download(answer, is_public)
             url = _checked_url(answer, "redirected to ")
         raise _Refused(f"more than {self._access.max_redirects} redirects, lastly to {url}")
 
-    def _ask(self, url: httpx2.URL) -> bytes | str:
-        """The body, or the address that the server redirects to."""
+    def _ask(self, url: httpx2.URL) -> tuple[bytes | str, bool]:
+        """The body, or the address that the server redirects to; whether its host is public."""
         access = self._access
         timeouts = {"connect": access.connect_timeout_s, "read": access.read_timeout_s}
         with self._pool.stream(
@@ -118,8 +120,10 @@ class Downloader:
         ) as response:
             headers = {key.lower(): value for key, value in response.headers}
             status = response.status
+            was_public = response.extensions["network_stream"].get_extra_info(_IS_PUBLIC)
             if status in (301, 302, 303, 307, 308) and b"location" in headers:
-                return str(url.join(headers[b"location"].decode("utf-8", "replace")))
+                location = headers[b"location"].decode("utf-8", "replace")
+                return str(url.join(location)), was_public
             if status in (408, 425, 429) or status >= 500:
                 wait_s = retry_after_s(headers.get(b"retry-after", b"").decode("latin-1"))
                 raise _Temporary(f"the server answered {status}", wait_s)
@@ -136,7 +140,15 @@ class Downloader:
                 body += chunk
                 if len(body) > access.max_bytes:
                     raise too_large
-            return bytes(body)
+            return bytes(body), was_public
+
+
+class Download(NamedTuple):
+    """What came from a URL."""
+
+    data: bytes
+    is_public: bool
+    """Whether every host on the way, those that redirected included, has a public address."""
 
 
 class _Refused(Exception):
@@ -233,20 +245,26 @@ class _CheckedNetwork(httpcore2.NetworkBackend):
         for address in addresses[:4]:
             try:
                 stream = self._network.connect_tcp(address, port, _seconds_left(timeout))
-                return _TimedStream(stream)
+                return _TimedStream(stream, is_public(address))
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failure = error
         raise failure
 
 
+_IS_PUBLIC = "idefics_qlora.is_public"
+"""What a connection is asked about its address."""
+
+
 class _TimedStream(httpcore2.NetworkStream):
     """A connection whose every wait ends at the download's deadline.
 
-    A time-out per read alone would let a server send a byte now and then for ever.
+    A time-out per read alone would let a server send a byte now and then for ever. It remembers
+    whether the address it was opened to is public, for it may serve many requests.
     """
 
-    def __init__(self, stream: httpcore2.NetworkStream) -> None:
+    def __init__(self, stream: httpcore2.NetworkStream, is_public: bool) -> None:
         self._stream = stream
+        self._is_public = is_public
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         return self._stream.read(max_bytes, _seconds_left(timeout))
@@ -261,13 +279,14 @@ class _TimedStream(httpcore2.NetworkStream):
         timeout: float | None = None,
     ) -> httpcore2.NetworkStream:
         left = _seconds_left(timeout)
-        return _TimedStream(self._stream.start_tls(ssl_context, server_hostname, left))
+        stream = self._stream.start_tls(ssl_context, server_hostname, left)
+        return _TimedStream(stream, self._is_public)
 
     def close(self) -> None:
         self._stream.close()
 
     def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
+        return self._is_public if info == _IS_PUBLIC else self._stream.get_extra_info(info)
 
 
 def _resolve(host: str, port: int, timeout_s: float) -> list[str]:
@@ -326,6 +345,8 @@ class Cache:
     A file is the SHA-256 of a picture's bytes, and the bytes. It appears by one rename, so it is
     whole or not there; damage is found by the checksum and leads to another download. Failures are
     not kept: the next call tries again. The time of a file's last use is its modification time.
+    What came from a private host is kept under another name, which is looked for only where such
+    hosts are allowed.
     """
 
     def __init__(self, access: ImageAccess) -> None:
@@ -335,11 +356,18 @@ class Cache:
             folder = Path(home) / "idefics_qlora"
         self.folder = Path(folder) / "pictures"
         self.max_bytes = access.max_cache_bytes
+        self._allow_private_hosts = access.allow_private_hosts
 
     def path(self, url: str) -> Path:
         """Where the picture behind a URL is kept, if it is."""
+        private = self._path(url, is_public=False)
+        if self._allow_private_hosts and private.is_file():
+            return private
+        return self._path(url, is_public=True)
+
+    def _path(self, url: str, is_public: bool) -> Path:
         key = hashlib.sha256(url.strip().partition("#")[0].encode()).hexdigest()
-        return self.folder / key[:2] / key[2:]
+        return self.folder / key[:2] / (key[2:] + ("" if is_public else "-private"))
 
     def touch(self, url: str) -> bool:
         """Whether the picture is kept; marks it as used now."""
@@ -363,11 +391,11 @@ class Cache:
         self.touch(url)
         return content[32:]
 
-    def put(self, url: str, data: bytes) -> None:
+    def put(self, url: str, data: bytes, is_public: bool = True) -> None:
         """Keep a picture; a disk that is full or read-only is a warning."""
         if len(data) + 32 > self.max_bytes:
             return
-        path = self.path(url)
+        path = self._path(url, is_public)
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             file, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
@@ -397,17 +425,20 @@ class Cache:
         if _unseen_bytes[self.folder] < slack:
             return
         _unseen_bytes[self.folder] = 0
-        files = []
+        files, num_bytes = [], 0
         for path in self.folder.glob("*/*"):
             try:
                 status = path.stat()
             except FileNotFoundError:  # another process removed it
                 continue
-            left_over = path.name.startswith(".") and status.st_mtime < time.time() - 3600
-            files.append((-1 if left_over else status.st_mtime_ns, status.st_size, path))
-        excess = sum(size for _, size, _ in files) - (self.max_bytes - slack)
+            num_bytes += status.st_size
+            if not path.name.startswith("."):
+                files.append((status.st_mtime_ns, status.st_size, path))
+            elif status.st_mtime < time.time() - 3600:  # a killed process' unfinished file
+                files.append((-1, status.st_size, path))
+        excess = num_bytes - (self.max_bytes - slack)
         for last_used, size, path in sorted(files):
-            if excess > 0 or last_used == -1:  # a killed process' unfinished file goes in any case
+            if excess > 0 or last_used == -1:
                 path.unlink(missing_ok=True)
                 excess -= size
 

@@ -353,9 +353,9 @@ def _keep(url: str, access: ImageAccess, downloader: Downloader) -> BadImage | N
 
     name = f"{url!r:.500}"
     try:
-        data = downloader.download(url)
-        decode(data, name, access, min_side=1)  # read to its end, though decoded small
-        Cache(access).put(url, data)
+        download = downloader.download(url)
+        decode(download.data, name, access, min_side=1)  # read to its end, though decoded small
+        Cache(access).put(url, *download)
     except BadImage as error:
         return error
     except Exception as error:
@@ -371,9 +371,9 @@ def _open_url(url: str, name: str, access: ImageAccess, min_side: int | None) ->
     if data is not None:
         return decode(data, name, access, min_side)
     with Downloader(access) as downloader:
-        data = downloader.download(url)
-    image = decode(data, name, access, min_side)
-    cache.put(url, data)  # only now: what cannot be decoded is not kept
+        download = downloader.download(url)
+    image = decode(download.data, name, access, min_side)
+    cache.put(url, *download)  # only now: what cannot be decoded is not kept
     return image
 
 

@@ -436,6 +436,32 @@ def test_a_url_is_downloaded_once(server):
     assert not Path("nowhere").exists()
 
 
+@pytest.mark.parametrize("prefetched", [False, True])
+def test_pictures_of_private_hosts_need_the_access_again(server, names, connected, prefetched):
+    """What was kept with allow_private_hosts is not shown, counted or overwritten without it."""
+    urls = [f"{server.url}/ok.png", "http://public.example/a", "http://public.example/b"]
+    names["public.example"] = [["93.184.216.34"]]
+    moved = answer(b"", 302, Location=urls[0])  # through a private host is private as well
+    server.answers |= {"/a": answer(), "/b": [moved, answer(status=404)]}
+    rows = [{"image_url": url} for url in urls]
+    if prefetched:
+        assert prefetch_images(rows, access=access()).num_downloaded == 3
+    else:
+        assert [open_image(url, access()).size for url in urls] == [(30, 20)] * 3
+    refused = [(0, "no public address"), (2, "answered 404")]
+    for row, reason in refused:
+        with pytest.raises(iq.BadImage, match=reason):
+            open_image(urls[row], access(allow_private_hosts=False))
+    result = prefetch_images(rows, access=access(allow_private_hosts=False))
+    assert (result.num_downloaded, result.num_already_there) == (0, 1)
+    assert [failed.row for failed in result.failed] == [0, 2]
+    number = len(server.requests)
+    for allow in (False, True):  # a public picture, whoever fetched it
+        open_image(urls[1], access(allow_private_hosts=allow))
+    assert [open_image(url, access()).size for url in urls] == [(30, 20)] * 3
+    assert len(server.requests) == number
+
+
 def test_the_place_of_the_cache(server, tmp_path, monkeypatch):
     """The argument, else the environment variable, else the user's cache folder."""
     assert Cache(access()).folder == tmp_path / "cache" / "pictures"
@@ -498,6 +524,18 @@ def test_what_a_killed_process_left_is_removed():
     os.utime(folder / ".old", (1, 1))
     cache.put("http://host/", b"data")
     assert sorted(p.name for p in folder.iterdir()) == [".new", cache.path("http://host/").name]
+
+
+def test_making_room_leaves_files_at_work_alone():
+    """Another thread's unfinished file is not the least recently used picture."""
+    cache = Cache(ImageAccess(max_cache_bytes=2_000))
+    at_work = cache.path("http://host/0").parent / ".new"
+    for i in range(4):
+        cache.put(f"http://host/{i}", bytes(968))
+        at_work.write_bytes(bytes(100))
+        os.utime(at_work, (time.time() - 60, time.time() - 60))
+    assert at_work.exists()
+    assert sum(cache.touch(f"http://host/{i}") for i in range(4)) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(server, tmp_path):
