@@ -5,11 +5,13 @@ Shapes: H, W pixels; S the side in pixels of the square that the vision tower se
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -89,15 +91,17 @@ def open_image(
     access = access_in_force() if access is None else access
     try:
         if isinstance(source, Image.Image):
-            return decode(source, name, access, min_side)
+            return mark_origin(decode(source, name, access, min_side), source)
         if isinstance(source, Mapping):
             source = _from_mapping(source)
         if isinstance(source, (bytes, bytearray)):
-            return decode(source, name, access, min_side)
+            return mark_origin(decode(source, name, access, min_side), source)
         if isinstance(source, str) and is_url(source):
-            return _open_url(source, name, access, min_side)
+            return mark_origin(_open_url(source, name, access, min_side), ["url", source])
         if isinstance(source, (str, os.PathLike)):
-            return decode(read_file(source, access), name, access, min_side)
+            data = read_file(source, access)
+            file = ["file", Path(source).name, len(data)]
+            return mark_origin(decode(data, name, access, min_side), file)
         raise BadImage(
             name,
             f"{type(source).__name__} is no image; "
@@ -109,6 +113,47 @@ def open_image(
     # ZeroDivisionError, ...), so every exception here means the same: a bad picture.
     except Exception as error:
         raise BadImage(name, f"{type(error).__name__}: {error}") from error
+
+
+def mark_origin(image: Image.Image, source: Source | list[Any]) -> Image.Image:
+    """Let a decoded picture tell :func:`origin` what it was decoded from; returns the picture.
+
+    A picture that is made from it, by a crop or a rotation, does not have the mark.
+    """
+    if image is not source:
+        image.idefics_qlora_origin = source  # type: ignore[attr-defined]
+    return image
+
+
+def origin(source: Source, access: ImageAccess = DEFAULT_ACCESS) -> list[Any]:
+    """What tells a picture from others: what the user gave, as JSON values.
+
+    Of a file its name and size, so that it may lie in another folder; of a URL the URL; of encoded
+    bytes their hash. Decoders of different versions differ in single bits, so pixels are looked at
+    only where nothing else is known.
+    """
+    if isinstance(source, Image.Image):
+        given = getattr(source, "idefics_qlora_origin", None)
+        if given is not None:
+            return given if isinstance(given, list) else origin(given, access)
+        with suppress(OSError):  # Image.open keeps the file's name, and so does `datasets`
+            file = os.fsdecode(getattr(source, "filename", ""))
+            return ["file", Path(file).name, os.stat(file).st_size]
+        palette = bytes(source.getpalette() or ())
+        return ["pixels", source.mode, list(source.size), _sha256(palette + source.tobytes())]
+    encoded: Any = _from_mapping(source) if isinstance(source, Mapping) else source
+    if isinstance(encoded, (bytes, bytearray)):
+        return ["bytes", _sha256(encoded)]
+    try:
+        if isinstance(encoded, str) and is_url(encoded):
+            return ["url", encoded]
+        return ["file", Path(encoded).name, find_file(encoded, access).stat().st_size]
+    except (BadImage, OSError):  # an address that `datasets` alone can open
+        return ["address", os.fspath(encoded)]
+
+
+def _sha256(data: bytes | bytearray) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def full_image(image: Image.Image, side: int) -> Tensor:

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
-COMPUTING = ("idefics_qlora", "torch", "transformers", "peft", "bitsandbytes")
+COMPUTING = (
+    *("idefics_qlora", "torch", "transformers", "peft", "bitsandbytes"),
+    *("torchvision", "pillow"),  # the pictures' pixels
+)
 """Packages whose versions decide the bits of a result."""
-OTHERS = ("torchvision", "accelerate", "datasets", "safetensors", "tokenizers", "pillow", "numpy")
+OTHERS = ("accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "CUDA_LAUNCH_BLOCKING"),
     *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "OMP_NUM_THREADS", "BNB_CUDA_VERSION"),
@@ -19,9 +22,9 @@ VARIABLES = (
 """Environment variables that change how, or how fast, things are computed."""
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of this library and of those it computes with."""
-    return {name: version(name) for name in COMPUTING}
+def library_versions() -> dict[str, str | None]:
+    """Versions of this library and of those it computes with; ``None``: not known by that name."""
+    return {name: _version(name) for name in COMPUTING}
 
 
 def environment() -> dict[str, Any]:

@@ -489,7 +489,7 @@ def _first_rows(reader: RowReader, config: TrainConfig) -> Fingerprint:
     fingerprint, bad = reader.first_rows(map(int, order), ROWS_CHECKED)
     rows = BadRows(config.on_bad_row)
     rows.note(bad)
-    number = len(fingerprint["first"])
+    number = len(fingerprint.given)
     # A few held-out rows must not stop a run, unless there are no others.
     few_held_out = reader.name == "eval_rows" and len(bad) < number
     rows.check_share(len(bad), max(number, ROWS_CHECKED) if few_held_out else number)

@@ -24,7 +24,7 @@ from idefics_qlora.model import (
     trainable_parameters,
 )
 from idefics_qlora.optim import load_optimizer_state, lr_at, optimizer_state
-from idefics_qlora.windows import Window, same_rows
+from idefics_qlora.windows import Fingerprint, Window
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,10 @@ class TrainState:
                 "scaler": self.scaler.state_dict(),
                 "optimizer": scalars,
                 "config": self.config.to_json(),
-                **self.origin,
+                **{
+                    name: value.to_json() if isinstance(value, Fingerprint) else value
+                    for name, value in self.origin.items()
+                },
                 "environment": environment(),
             },
         )
@@ -189,10 +192,10 @@ class TrainState:
         origin = snapshot.state
         if not same_base(origin["base"], self.origin["base"]):
             problems.append(f"base model: {origin['base']} there, {self.origin['base']} here")
-        if not same_rows(origin["train_rows"], self.origin["train_rows"]):
-            there, here = origin["train_rows"], self.origin["train_rows"]
-            what = f"{there['number']} rows there, {here['number']} here"
-            same_number = there["number"] == here["number"]
+        there, here = origin["train_rows"], self.origin["train_rows"]
+        if not here.fits(there):
+            what = f"{there['number']} rows there, {here.number} here"
+            same_number = there["number"] == here.number
             problems.append(f"train_rows: {'other content' if same_number else what}")
         if problems:
             raise ValueError(
@@ -200,7 +203,8 @@ class TrainState:
                 + "\n".join(f"  - {problem}" for problem in problems)
                 + "\nContinue with the old values, or start anew in another output_dir"
             )
-        if not same_rows(origin["eval_rows"], self.origin["eval_rows"]):
+        there, here = origin["eval_rows"], self.origin["eval_rows"]
+        if there is not here and (there is None or here is None or not here.fits(there)):
             logger.warning(
                 "eval_rows differ from those of %s: the evaluation losses before and after cannot "
                 "be compared, and the best checkpoint so far is forgotten",

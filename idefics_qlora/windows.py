@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -19,12 +19,14 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from idefics_qlora.access import ImageAccess
 from idefics_qlora.batches import Batch, Collator, Tokens
-from idefics_qlora.examples import Example, ToExample, as_example, naming_row
-from idefics_qlora.images import BadImage
+from idefics_qlora.examples import Example, PromptItem, ToExample, Turn, as_example, naming_row
+from idefics_qlora.images import BadImage, mark_origin, origin
 
 
 @runtime_checkable
@@ -168,7 +170,8 @@ class RowReader:
             ValueError: If the row is no valid example (``BadImage`` if an image is the reason).
         """
         with naming_row(f"{self.name}[{index}]"):
-            return self._convert(self.rows[index], crop_seed)  # type: ignore[index]
+            _, tokens, pixels = self._convert(self.rows[index], crop_seed)  # type: ignore[index]
+            return tokens, pixels
 
     def window(
         self, rows: Iterable[tuple[int, Any, int | None]], position: dict[str, Any] | None = None
@@ -184,16 +187,12 @@ class RowReader:
         read: list[tuple[int, Tokens, list[Tensor]]] = []
         bad: list[BadRow] = []
         for number, row, crop_seed in rows:
-            name = f"{self.name}[{number}]"
-            try:
-                with naming_row(name):
-                    row = self.rows[number] if row is ... else row  # type: ignore[index]
-                    read.append((number, *self._convert(row, crop_seed)))
+            one = self._read(number, row, crop_seed)
+            if isinstance(one, BadRow):
+                bad.append(one)
+            else:
                 numbers.append(number)
-            except BadImage as error:
-                bad.append(BadRow(name, error.source.removesuffix(f" of {name}"), error.reason))
-            except ValueError as error:
-                bad.append(BadRow(name, name, str(error).removeprefix(f"{name}: ")))
+                read.append((number, *one[1:]))
         read.sort(key=lambda item: len(item[1].ids), reverse=True)  # stable
         batch = None
         if read:
@@ -224,14 +223,22 @@ class RowReader:
             ValueError: If a stream has no row.
         """
         bad: list[BadRow] = []
-        hashes: list[str | None] = []
+        given: list[str | None] = []
+        tensors: list[str | None] = []
         for index, row in self._first(order, number):
-            window = self.window([(index, row, None)])
-            bad += window.bad
-            hashes.append(None if window.batch is None else _hash(window.batch))
-        if not hashes:
+            one = self._read(index, row, marked=True)
+            if isinstance(one, BadRow):
+                bad.append(one)
+                given.append(None)
+                tensors.append(None)
+            else:
+                example, tokens, pixels = one
+                given.append(_hash_given(example, self.collator.access))
+                tensors.append(_hash_tensors(self.collator.collate([tokens], [pixels])))
+        if not given:
             raise ValueError(f"{self.name} is empty: there is no row to learn or to evaluate")
-        return {"number": None if self.is_stream else len(self), "first": hashes}, bad
+        num_rows = None if self.is_stream else len(self)
+        return Fingerprint(num_rows, tuple(given), tuple(tensors)), bad
 
     def _first(self, order: Iterable[int], number: int) -> Iterator[tuple[int, Any]]:
         if not self.is_stream:
@@ -258,31 +265,97 @@ class RowReader:
         """A row's example, its pictures opened with the collator's access."""
         return as_example(row, self.to_example, self.collator.access)
 
-    def _convert(self, row: Any, crop_seed: int | None) -> tuple[Tokens, list[Tensor]]:
-        if self._features is not None:
-            row = self._features.decode_example(row)
+    def _read(
+        self, number: int, row: Any, crop_seed: int | None = None, marked: bool = False
+    ) -> tuple[Example, Tokens, list[Tensor]] | BadRow:
+        """A row's example, tokens and pixels, or what is wrong with it.
+
+        Args:
+            number: Its number.
+            row: The row itself; ``...`` to have it looked up.
+            crop_seed: Seed of its crops.
+            marked: Whether its pictures shall tell what ``datasets`` decoded them from.
+        """
+        name = f"{self.name}[{number}]"
+        try:
+            with naming_row(name):
+                decoded = self.rows[number] if row is ... else row  # type: ignore[index]
+                if self._features is not None:
+                    decoded = self._features.decode_example(row)
+                if marked:
+                    _mark_origins(decoded, self._encoded(number) if row is ... else row)
+                return self._convert(decoded, crop_seed)
+        except BadImage as error:
+            return BadRow(name, error.source.removesuffix(f" of {name}"), error.reason)
+        except ValueError as error:
+            return BadRow(name, name, str(error).removeprefix(f"{name}: "))
+
+    def _encoded(self, number: int) -> Any:
+        """A row of a ``datasets.Dataset`` as it is stored; ``None`` for rows of other kinds."""
+        rows: Any = self.rows
+        form = getattr(rows, "format", None)
+        if not isinstance(form, dict) or form.get("type") is not None:  # it may be a transform
+            return None
+        return rows.with_format("arrow")[number].to_pylist()[0]
+
+    def _convert(self, row: Any, crop_seed: int | None) -> tuple[Example, Tokens, list[Tensor]]:
         example = self.example(row)
         (tokens,) = self.collator.tokens([example])
-        return tokens, self.collator.pixels(example.prompt, crop_seed, tokens)
+        return example, tokens, self.collator.pixels(example.prompt, crop_seed, tokens)
 
 
-Fingerprint: TypeAlias = dict[str, Any]
-"""``number`` of rows (``None`` for a stream), and hashes of the ``first`` ones (``None``: bad)."""
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells rows from others: how many there are, and what the first ones are made of."""
+
+    number: int | None
+    """Rows; ``None`` for a stream."""
+    given: tuple[str | None, ...]
+    """Hashes of the first rows as the user gave them (``None``: bad), in the order of their use:
+    texts and encoded pictures, which no version of a decoder changes."""
+    tensors: tuple[str | None, ...]
+    """Hashes of what is made of them, tokens and pixels, as runs of 0.1 kept them."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"version": 2, "number": self.number, "first": list(self.given)}
+
+    def fits(self, kept: dict[str, Any]) -> bool:
+        """Whether a checkpoint's rows can be these; a row that is bad now and then may be."""
+        first = self.given if kept.get("version", 1) == 2 else self.tensors
+        pairs = zip(kept["first"], first, strict=False)
+        return kept["number"] == self.number and all(
+            x == y or x is None or y is None for x, y in pairs
+        )
 
 
-def same_rows(a: Fingerprint | None, b: Fingerprint | None) -> bool:
-    """Whether two fingerprints can be of the same rows; a row that is bad now and then may be."""
-    if a is None or b is None:
-        return a is b
-    pairs = zip(a["first"], b["first"], strict=False)
-    return a["number"] == b["number"] and all(x == y or x is None or y is None for x, y in pairs)
+def _hash_given(example: Example, access: ImageAccess) -> str:
+    def given(item: PromptItem) -> Any:
+        if isinstance(item, Turn):
+            return [item.role, item.is_target, [given(part) for part in item.content]]
+        return item if isinstance(item, str) else {"image": origin(item, access)}
+
+    values = [[given(item) for item in example.prompt], example.completion]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def _hash(batch: Batch) -> str:
+def _hash_tensors(batch: Batch) -> str:
     digest = hashlib.sha256()
     for tensor in (batch.input_ids, batch.labels, batch.pixel_values):
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _mark_origins(decoded: Any, encoded: Any) -> None:
+    """Let the pictures that ``datasets`` has decoded tell what from, wherever in a row they are."""
+    if isinstance(decoded, Image.Image) and isinstance(encoded, Mapping):
+        mark_origin(decoded, encoded)
+    elif isinstance(decoded, Mapping) and isinstance(encoded, Mapping):
+        for key, value in decoded.items():
+            _mark_origins(value, encoded.get(key))
+    elif isinstance(decoded, list) and isinstance(encoded, list):
+        for value, part in zip(decoded, encoded, strict=False):
+            _mark_origins(value, part)
 
 
 def crop_seed(seed: int, epoch: int, row: int) -> int:
