@@ -334,39 +334,6 @@ def test_the_8_bit_optimizer_holds_8_bit_states(lora, processor, examples):
     assert kinds == {True: torch.uint8, False: torch.float32}
 
 
-@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch"])
-def test_an_interrupted_run_ends_like_an_untouched_one(base, processor, examples, tmp_path, optim):
-    """Stopped after two of four steps and resumed: the same adapters, to the bit, with dropout,
-    crops and fp16 scaling."""
-    settings = {
-        "precision": "fp16",
-        "optim": optim,
-        "save_steps": 2,
-        "lr_scheduler_type": "constant",
-    }
-    whole = iq.add_lora(copy.deepcopy(base))
-    iq.train(whole, processor, examples, config=config_of(tmp_path / "a", **settings))
-    model = iq.add_lora(copy.deepcopy(base))
-    config = config_of(tmp_path / "b", **settings, max_steps=2)
-    iq.train(model, processor, examples, config=config)
-    model = iq.add_lora(base, seed=1)  # a fresh process knows nothing of the first adapter
-    torch.rand(10)
-    result = iq.train(model, processor, examples, config=config_of(tmp_path / "b", **settings))
-    assert result.global_step == 4
-    assert same(snapshot(model), snapshot(whole))
-
-
-def test_a_finished_run_returns_at_once(lora, processor, examples, tmp_path):
-    """Starting the same script again trains nothing more."""
-    config = config_of(tmp_path, max_steps=2)
-    first = iq.train(lora, processor, examples, config=config)
-    before = snapshot(lora)
-    again = iq.train(lora, processor, examples, config=config)
-    assert again.global_step == 2
-    assert again.training_loss == first.training_loss
-    assert same(snapshot(lora), before)
-
-
 def test_never_refuses_to_overwrite(lora, processor, examples, tmp_path):
     """resume="never" keeps an earlier run from being mixed up with a new one."""
     config = config_of(tmp_path, max_steps=1, resume="never")
