@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
@@ -176,7 +177,8 @@ class Collator:
         tokens |= {IMAGE_TOKEN, AROUND_IMAGE, END_OF_UTTERANCE, *self.tokenizer.all_special_tokens}
         self.control_ids = set(self.tokenizer.convert_tokens_to_ids(sorted(tokens)))
         self.control_ids -= {self.tokenizer.unk_token_id}  # what text becomes without a token
-        self._forged = re.compile("|".join(re.escape(t) for t in tokens if re.match(r"\S\S+$", t)))
+        # What in a text would be read as a control token.
+        self.forged = re.compile("|".join(re.escape(t) for t in tokens if re.match(r"\S\S+$", t)))
         images = processor.image_processor
         self.side = int(images.size["height"])
         scale = 1 / images.rescale_factor
@@ -269,7 +271,7 @@ class Collator:
             data = list(run)
             text = "".join(piece.text for piece in data)
             at, spaces = 0, []
-            while found := self._forged.search(text, at):
+            while found := self.forged.search(text, at):
                 at = found.start() + 1
                 spaces.append(at)
             first = 0
@@ -354,11 +356,22 @@ class Collator:
         Raises:
             BadImage: If an image cannot be opened.
         """
+        return self.squares(self.pictures(prompt, tokens), crop_seed)
+
+    def pictures(
+        self, prompt: Sequence[PromptItem], tokens: Tokens | None = None
+    ) -> list[Image.Image]:
+        """The prompt's images as RGB pictures; otherwise as :meth:`pixels`."""
         number = None if tokens is None else tokens.ids.count(self.image_id)
-        images = [open_image(item, self.access) for item in prompt_images(prompt)[:number]]
+        return [open_image(item, self.access) for item in prompt_images(prompt)[:number]]
+
+    def squares(self, pictures: Sequence[Image.Image], crop_seed: int | None) -> list[Tensor]:
+        """RGB pictures as the model's square; otherwise as :meth:`pixels`."""
         if crop_seed is None:
-            return [full_image(image, self.side) for image in images]
-        return [random_crop(image, self.side, crop_seed + n) for n, image in enumerate(images)]
+            return [full_image(picture, self.side) for picture in pictures]
+        return [
+            random_crop(picture, self.side, crop_seed + n) for n, picture in enumerate(pictures)
+        ]
 
     def collate(
         self,

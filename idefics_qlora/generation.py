@@ -9,8 +9,10 @@ from torch import Tensor
 
 from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess, opening_with
 from idefics_qlora.batches import AROUND_IMAGE, IMAGE_TOKEN, Collator, Tokens, end_ids
+from idefics_qlora.checks import text_findings
 from idefics_qlora.examples import PromptItem, as_prompt, naming_row
 from idefics_qlora.model import Model, Processor, evaluation_mode, num_embeddings
+from idefics_qlora.notices import Notices
 
 
 def generate(
@@ -47,10 +49,13 @@ def generate(
         ValueError: If a prompt is not valid; the message names it (``BadImage`` for an image).
     """
     collator = Collator(processor, num_embeddings=num_embeddings(model), access=access)
+    notices = Notices()
     tokens, pixels = [], []
     for i, prompt in enumerate(prompts):
         with naming_row(f"prompts[{i}]"), opening_with(access):
             prompt = as_prompt(prompt)
+            for kind, line in text_findings(prompt, collator.forged):
+                notices.warn(kind, f"prompts[{i}]: {line}")
             tokens += collator.prompt_tokens([prompt])
             pixels.append(collator.pixels(prompt))
     return generate_from_tokens(

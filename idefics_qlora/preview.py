@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 
 from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.batches import IGNORE, Collator
+from idefics_qlora.checks import FirstRows
 from idefics_qlora.config import LossOn
 from idefics_qlora.examples import ToExample
 from idefics_qlora.images import write_png
-from idefics_qlora.windows import RowReader, Rows, crop_seed
+from idefics_qlora.notices import Notices
+from idefics_qlora.windows import RowReader, Rows, class_names, crop_seed
 
 
 class SeenToken(NamedTuple):
@@ -107,7 +109,8 @@ def preview_batch(
     """Show what the model gets of some rows: every token, what is learnt, what sees which image.
 
     It is read from the very tensors of a batch, and printed; a notebook shows the returned object,
-    with the pictures, when it is the last value of a cell.
+    with the pictures, when it is the last value of a cell. What looks like a mistake is told in the
+    log, as before a training.
 
     Args:
         processor: The checkpoint's processor, as ``load_model`` returns it.
@@ -129,13 +132,19 @@ def preview_batch(
         ValueError: If a row is bad; the message names it.
     """
     collator = Collator(processor, loss_on, max_length=max_length, access=access)
+    names = class_names(rows)
     if not hasattr(rows, "__len__"):  # a stream: as far as it is to be shown
         rows = list(islice(iter(rows), max(indices or [1]) + 1))
     reader = RowReader(rows, "rows", to_example, collator)
+    reader.class_names = names
     shown = list(range(min(2, len(reader))) if indices is None else indices)
     if not shown or not all(0 <= i < len(reader) for i in shown):
         raise ValueError(f"indices={shown}: expected row numbers, from 0 to {len(reader) - 1}")
-    read = [reader.read(i, crop_seed(seed, 0, i) if augment else None) for i in shown]
+    seen = FirstRows(reader)
+    read = [
+        reader.read(i, crop_seed(seed, 0, i) if augment else None, seen.looking(i, ...))
+        for i in shown
+    ]
     tokens, pixels = zip(*read, strict=True)
     batch = collator.collate(tokens, pixels)
 
@@ -169,6 +178,7 @@ def preview_batch(
     if not _in_notebook():
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(preview.text(shutil.get_terminal_size((100, 24)).columns, color))
+    seen.tell(Notices())
     return preview
 
 

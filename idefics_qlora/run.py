@@ -34,6 +34,7 @@ from idefics_qlora.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from idefics_qlora.checks import FirstRows, Lengths, tell_same_rows
 from idefics_qlora.config import TrainConfig
 from idefics_qlora.diagnostics import (
     EvalSamples,
@@ -107,6 +108,8 @@ class Inputs:
     """Fingerprints of ``base``, ``train_rows`` and ``eval_rows``."""
     notices: Notices
     """What has been warned of."""
+    lengths: Lengths | None
+    """What lengths of training rows are usual."""
 
 
 def check_inputs(
@@ -142,17 +145,30 @@ def check_inputs(
             f"num_train_epochs={config.num_train_epochs} comes to: the learning rate would never "
             "reach its peak"
         )
+    notices = Notices()
+    fingerprint, train_seen = _first_rows(reader, config, notices)
     origin: dict[str, Any] = {
         "base": models.base_fingerprint(model),
-        "train_rows": _first_rows(reader, config),
+        "train_rows": fingerprint,
         "eval_rows": None,
     }
-    held_out = None
+    held_out = eval_seen = None
     if eval_rows is not None:
         eval_reader = RowReader(eval_rows, "eval_rows", to_example, collator)
         held_out = EvalBatches(eval_reader, config.eval_batch_size)
-        origin["eval_rows"] = _first_rows(eval_reader, config)
-    return Inputs(model, processor, config, reader, held_out, total_steps, origin, Notices())
+        origin["eval_rows"], eval_seen = _first_rows(eval_reader, config, notices)
+    tell_same_rows(train_seen, eval_seen, notices)
+    return Inputs(
+        model=model,
+        processor=processor,
+        config=config,
+        reader=reader,
+        held_out=held_out,
+        total_steps=total_steps,
+        origin=origin,
+        notices=notices,
+        lengths=train_seen.lengths,
+    )
 
 
 class Run:
@@ -277,7 +293,16 @@ class Run:
         if not self._labels_checked:
             logger.info("%s", check_labels(window, self.inputs.reader.collator))
             self._labels_checked = True
+        self._note_long_row(window)
         return window
+
+    def _note_long_row(self, window: Window) -> None:
+        lengths = self.inputs.lengths
+        if lengths is None or window.batch is None:
+            return
+        name = f"{self.inputs.reader.name}[{window.batch_rows[0]}]"  # the window's longest
+        for kind, line in lengths.find(name, window.lengths[0], self.state.micro_batch_size):
+            self.notices.warn(kind, f"{name}: {line}")
 
     def log(self, record: dict[str, Any]) -> None:
         """Add a record to the history, with the epoch and the step, and hand it out."""
@@ -480,20 +505,25 @@ class Run:
         )
 
 
-def _first_rows(reader: RowReader, config: TrainConfig) -> Fingerprint:
-    """The rows' fingerprint; raises if the rows are bad, before any training starts."""
+def _first_rows(
+    reader: RowReader, config: TrainConfig, notices: Notices
+) -> tuple[Fingerprint, FirstRows]:
+    """The rows' fingerprint and what was seen of them; raises if they are bad, before training."""
     order: Iterable[int] = ()
     if not reader.is_stream:
         in_order = reader.name == "eval_rows"
         order = range(len(reader)) if in_order else epoch_order(config.seed, 0, len(reader))
-    fingerprint, bad = reader.first_rows(map(int, order), ROWS_CHECKED)
+    seen = FirstRows(reader)
+    fingerprint, bad = reader.first_rows(map(int, order), ROWS_CHECKED, seen.looking)
     rows = BadRows(config.on_bad_row)
     rows.note(bad)
     number = len(fingerprint.given)
     # A few held-out rows must not stop a run, unless there are no others.
     few_held_out = reader.name == "eval_rows" and len(bad) < number
     rows.check_share(len(bad), max(number, ROWS_CHECKED) if few_held_out else number)
-    return fingerprint
+    is_eval = reader.name == "eval_rows"
+    seen.tell(notices, config.eval_batch_size if is_eval else config.micro_batch_size)
+    return fingerprint, seen
 
 
 def _fp16_ledger(state: TrainState) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -25,7 +25,15 @@ from torch.utils.data import Dataset, IterableDataset
 
 from idefics_qlora.access import ImageAccess
 from idefics_qlora.batches import Batch, Collator, Tokens
-from idefics_qlora.examples import Example, PromptItem, ToExample, Turn, as_example, naming_row
+from idefics_qlora.examples import (
+    Captions,
+    Example,
+    PromptItem,
+    ToExample,
+    Turn,
+    as_example,
+    naming_row,
+)
 from idefics_qlora.images import BadImage, mark_origin, origin
 
 
@@ -118,6 +126,10 @@ class Window:
         return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
 
+Look: TypeAlias = Callable[[Any, Example, Tokens, list[Image.Image], list[Tensor]], None]
+"""Looks at a row, its example, and its tokens, pictures and pixels."""
+
+
 class RowReader:
     """Rows as tokens and pixels; every error names the row.
 
@@ -154,6 +166,7 @@ class RowReader:
         if isinstance(rows, NumberedRows) and len(rows) == 0:
             raise ValueError(f"{name} is empty: there is no row to learn or to evaluate")
         self.rows = rows
+        self.class_names = class_names(rows)
         # What a stream's own iteration would decode, outside of any row's error handling.
         self._features = getattr(rows, "features", None) if self.is_stream else None
         self.name = name
@@ -163,14 +176,21 @@ class RowReader:
     def __len__(self) -> int:
         return len(self.rows)  # type: ignore[arg-type]  # not asked of a stream
 
-    def read(self, index: int, crop_seed: int | None = None) -> tuple[Tokens, list[Tensor]]:
+    def read(
+        self, index: int, crop_seed: int | None = None, look: Look | None = None
+    ) -> tuple[Tokens, list[Tensor]]:
         """Tokens and pixels of one row.
+
+        Args:
+            index: The row's number.
+            crop_seed: Seed of its crops.
+            look: Shown the row, if it can be read.
 
         Raises:
             ValueError: If the row is no valid example (``BadImage`` if an image is the reason).
         """
         with naming_row(f"{self.name}[{index}]"):
-            _, tokens, pixels = self._convert(self.rows[index], crop_seed)  # type: ignore[index]
+            _, tokens, pixels = self._convert(self.rows[index], crop_seed, look)  # type: ignore[index]
             return tokens, pixels
 
     def window(
@@ -209,12 +229,16 @@ class RowReader:
             position=position,
         )
 
-    def first_rows(self, order: Iterable[int], number: int) -> tuple[Fingerprint, list[BadRow]]:
+    def first_rows(
+        self, order: Iterable[int], number: int, looking: Callable[[int, Any], Look] | None = None
+    ) -> tuple[Fingerprint, list[BadRow]]:
         """Read the first rows once, before any training starts.
 
         Args:
             order: Numbers of the rows in the order of their use; not asked of a stream.
             number: Rows to read at most.
+            looking: Given a row's number and, of a stream, the row (else ``...``) before it is
+                read, what is to look at it then.
 
         Returns:
             What tells these rows from others, and those that are bad.
@@ -226,7 +250,8 @@ class RowReader:
         given: list[str | None] = []
         tensors: list[str | None] = []
         for index, row in self._first(order, number):
-            one = self._read(index, row, marked=True)
+            look = None if looking is None else looking(index, row)
+            one = self._read(index, row, look=look, marked=True)
             if isinstance(one, BadRow):
                 bad.append(one)
                 given.append(None)
@@ -262,11 +287,29 @@ class RowReader:
             )
 
     def example(self, row: Any) -> Example:
-        """A row's example, its pictures opened with the collator's access."""
+        """A row's example, its pictures opened with the collator's access.
+
+        The numbers of classes become their names, except for a ``to_example`` of the user's own.
+        """
+        if self.class_names and isinstance(self.to_example, Captions | None):
+            row = dict(row)
+            for column, names in self.class_names.items():
+                if isinstance(row.get(column), int):
+                    with naming_row(f"{column}={row[column]}"):
+                        row[column] = names.int2str(row[column])
         return as_example(row, self.to_example, self.collator.access)
 
+    def decoded(self, row: Any) -> Any:
+        """A stream's row with its pictures decoded; rows with numbers are so already."""
+        return row if self._features is None else self._features.decode_example(row)
+
     def _read(
-        self, number: int, row: Any, crop_seed: int | None = None, marked: bool = False
+        self,
+        number: int,
+        row: Any,
+        crop_seed: int | None = None,
+        look: Look | None = None,
+        marked: bool = False,
     ) -> tuple[Example, Tokens, list[Tensor]] | BadRow:
         """A row's example, tokens and pixels, or what is wrong with it.
 
@@ -274,17 +317,16 @@ class RowReader:
             number: Its number.
             row: The row itself; ``...`` to have it looked up.
             crop_seed: Seed of its crops.
+            look: Shown the row, if it can be read.
             marked: Whether its pictures shall tell what ``datasets`` decoded them from.
         """
         name = f"{self.name}[{number}]"
         try:
             with naming_row(name):
-                decoded = self.rows[number] if row is ... else row  # type: ignore[index]
-                if self._features is not None:
-                    decoded = self._features.decode_example(row)
+                decoded = self.rows[number] if row is ... else self.decoded(row)  # type: ignore[index]
                 if marked:
                     _mark_origins(decoded, self._encoded(number) if row is ... else row)
-                return self._convert(decoded, crop_seed)
+                return self._convert(decoded, crop_seed, look)
         except BadImage as error:
             return BadRow(name, error.source.removesuffix(f" of {name}"), error.reason)
         except ValueError as error:
@@ -298,10 +340,24 @@ class RowReader:
             return None
         return rows.with_format("arrow")[number].to_pylist()[0]
 
-    def _convert(self, row: Any, crop_seed: int | None) -> tuple[Example, Tokens, list[Tensor]]:
+    def _convert(
+        self, row: Any, crop_seed: int | None, look: Look | None
+    ) -> tuple[Example, Tokens, list[Tensor]]:
         example = self.example(row)
         (tokens,) = self.collator.tokens([example])
-        return example, tokens, self.collator.pixels(example.prompt, crop_seed, tokens)
+        pictures = self.collator.pictures(example.prompt, tokens)
+        pixels = self.collator.squares(pictures, crop_seed)
+        if look is not None:
+            look(row, example, tokens, pictures, pixels)
+        return example, tokens, pixels
+
+
+def class_names(rows: Rows) -> dict[str, Any]:
+    """The columns of classes of a table of ``datasets``, whose rows hold their numbers alone."""
+    features = getattr(rows, "features", None)
+    # A ClassLabel, told without importing datasets, which takes seconds.
+    columns = features.items() if isinstance(features, dict) else ()
+    return {column: feature for column, feature in columns if hasattr(feature, "int2str")}
 
 
 @dataclass(frozen=True)
