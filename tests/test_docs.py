@@ -1,39 +1,161 @@
-"""The pages show code that runs."""
+"""The pages show code that runs, commands that exist and names that are there."""
 
+import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 import idefics_qlora as iq
+from idefics_qlora.examples import pokemon_card_example
 
-DATA = Path(__file__).parents[1] / "docs" / "data.md"
+ROOT = Path(__file__).parents[1]
+PAGES = {path.name: path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]}
+DATA = PAGES["data.md"].read_text(encoding="utf-8")
+
+INSTEAD_OF_THE_HUB = {
+    "HuggingFaceM4/idefics-9b": str(iq.tiny.BASE),
+    "max_steps=200": "max_steps=2",
+    "checkpoint-200": "checkpoint-2",
+}
+"""In a block that needs the ``hub``: a base as small as its run is short."""
 
 
-def test_the_data_page_runs(cards, tmp_path, monkeypatch, capsys):
-    """Every block of Python, one after the other, in a folder with the two pictures."""
+def blocks(page):
+    """The fenced blocks of a page: info string and content."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    return re.findall(r"^```([^\n]+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def given(cards, request):
+    """What a block may say that its reader has: ``with`` these names."""
+    captions = [{"file": "new.jpg", "text": f"A card {n}."} for n in range(8)]
+    return {
+        "README.md": {"train_rows": captions, "eval_rows": captions[:2]},
+        "runs.md": {
+            "iq": iq,
+            "model": request.getfixturevalue("lora"),
+            "processor": request.getfixturevalue("processor"),
+            "eval_rows": cards[:4],
+            "to_example": pokemon_card_example,
+            "my_fields": iq.tiny.card_fields,
+        },
+        "data.md": {"rows": Dataset.from_list([{"image_url": "cards/a.png"}, {"image_url": ""}])},
+    }
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in PAGES[page].read_text()])
+def test_every_block_of_python_runs(page, cards, tmp_path, monkeypatch, request):
+    """One after the other in one namespace, in a folder with the pictures that the pages name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "cards").mkdir()
-    for name, card in zip("ab", cards, strict=False):
-        card["image"].save(tmp_path / "cards" / f"{name}.png")
-    blocks = re.findall(r"```python\n(.*?)```", DATA.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 7
+    Path("cards").mkdir()
+    for file, card in zip(("cards/a.png", "cards/b.png", "new.jpg"), cards, strict=False):
+        card["image"].save(file)
     names: dict = {}
-    for block in blocks:
-        exec(compile(block, str(DATA), "exec"), names)
-        assert isinstance(names["preview"], iq.Preview)
-    assert isinstance(names["text"], str)
-    assert capsys.readouterr().out.count("── row ") == 8
+    for info, block in blocks(page):
+        language, *needs = info.split()
+        if language != "python":
+            continue
+        if needs[:1] == ["hub"]:
+            needs = needs[1:]
+            for there, here in INSTEAD_OF_THE_HUB.items():
+                block = block.replace(there, here)
+        if needs:
+            assert needs[0] == "with", f"what does {info!r} mean?"
+            has = given(cards, request)[page]
+            names |= {name: has[name] for name in needs[1:]}
+        exec(compile(block, f"{page}: {info}", "exec"), names)
+
+
+def test_every_fence_says_what_it_is():
+    """A block is Python, which is run, or text; a third kind would go unchecked."""
+    kinds = {info.split()[0] for page in PAGES for info, _ in blocks(page)}
+    assert kinds <= {"python", "text"}
+    for path in PAGES.values():
+        assert len(re.findall(r"^```", path.read_text(), re.MULTILINE)) % 2 == 0, path
+
+
+def commands(page):
+    """Every shell command that a page shows, in an indented line or in a span, as its words."""
+    text = re.sub(r"^```.*?^```$", "", PAGES[page].read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = re.findall(r"^    (\S.*)$", text, re.MULTILINE)
+    for shown in [*lines, *re.findall(r"`([^`]+)`", text)]:
+        if re.match(r"(make|pip|python|\S*\bpytest|[A-Z_]+=\S+) \S", shown):
+            words = shlex.split(shown, comments=True)
+            yield [word for word in words if not re.match(r"[A-Z_]+=", word)]
+
+
+def wrong_with(words):
+    """What a reader who types the command would stumble over; ``None``: nothing."""
+    makefile = (ROOT / "Makefile").read_text()
+    program, *rest = words
+    if program == "make":
+        return next((t for t in rest if not re.search(rf"^{t}:", makefile, re.MULTILINE)), None)
+    if words[:2] == ["pip", "install"]:
+        return None if rest[1:] == ["."] else f"install {rest[1:]}"
+    if program == "python" and rest[0] == "-m":
+        return None if importlib.util.find_spec(rest[1]) else rest[1]
+    if program == "python":
+        script, *flags = rest
+        if not (ROOT / script).is_file():
+            return script
+        known = (ROOT / script).read_text()
+        return next((f for f in flags if f.startswith("--") and f'"{f}"' not in known), None)
+    if program.endswith("pytest"):
+        known = re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+        return next((w for w in rest if w not in ["-m", *known] and not Path(w).exists()), None)
+    return f"the program {program!r}"
+
+
+def test_commands_exist(monkeypatch):
+    """Each target of make, script, module, flag and marker that a page names is there."""
+    monkeypatch.chdir(ROOT)
+    shown = [(page, words) for page in PAGES for words in commands(page)]
+    assert {words[0] for _, words in shown} >= {"make", "pip", "python", ".venv/bin/pytest"}
+    wrong = [(page, words, found) for page, words in shown if (found := wrong_with(words))]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make nothing",
+        "python benchmarks/none.py",
+        "python benchmarks/loop.py --none",
+        "python -m idefics_qlora.none",
+        "pip install idefics",
+        ".venv/bin/pytest -m none",
+        "conda activate",
+    ],
+)
+def test_a_command_that_does_not_exist_is_found(command, monkeypatch):
+    """The control of the test above."""
+    monkeypatch.chdir(ROOT)
+    assert wrong_with(command.split())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_exist(page):
+    """Every ``iq.name`` of a page can be typed, and every file of ours that it names is there."""
+    text = PAGES[page].read_text(encoding="utf-8")
+    for name in set(re.findall(r"\biq((?:\.[A-Za-z_]+)+)", text)):
+        found = iq
+        for part in name[1:].split("."):
+            assert hasattr(found, part), f"iq{name}"
+            found = getattr(found, part)
+    for name in re.findall(r"`((?:benchmarks|examples|docs|tests|tools)/[\w./]*)`", text):
+        assert (ROOT / name).exists(), name
 
 
 @pytest.mark.parametrize("family", ["processor", "instruct_processor"])
 def test_the_data_page_shows_the_dialogues_as_they_are(family, request):
     """The two written dialogues are what each kind of checkpoint gets."""
     processor = request.getfixturevalue(family)
-    page = DATA.read_text(encoding="utf-8")
-    dialogues = re.findall(r"```text\n(<s>.*?)\n```", page, re.DOTALL)
-    messages = re.search(r'"messages": \[.*?\n        \]', page, re.DOTALL)
+    dialogues = re.findall(r"```text\n(<s>.*?)\n```", DATA, re.DOTALL)
+    messages = re.search(r'"messages": \[.*?\n        \]', DATA, re.DOTALL)
     row = eval("{" + messages[0] + "}")
     picture = iq.tiny.creature_cards(1, seed=0)[0]["image"]
     example = iq.examples.as_example({**row, "images": [picture, picture]})
