@@ -178,7 +178,7 @@ def checked_path(name: str, path: Path, access: ImageAccess) -> Path:
     """
     if access.folder is None or (path.is_absolute() and access.allow_absolute_paths):
         return path
-    folder = Path(access.folder).resolve()
+    folder = Path(access.folder).expanduser().resolve()
     resolved = (folder / path).resolve()  # an absolute path stays what it is
     if ".." in path.parts or not resolved.is_relative_to(folder):
         way_out = (

@@ -40,7 +40,23 @@ RNG = "rng.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 FORMAT = "idefics_qlora-1"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+
+
+def resolved(folder: str | os.PathLike[str]) -> Path:
+    """A folder's one absolute path: ``~`` expanded, without symbolic links."""
+    return Path(os.path.realpath(os.path.expanduser(folder)))
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """Where a run's checkpoint of a step is: inside a run the step is all that names it."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def step_of(name: str) -> int | None:
+    """The step in a checkpoint's name; ``None`` if it is none."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 class CheckpointError(ValueError):
@@ -181,11 +197,11 @@ def clear_leftovers(output_dir: Path) -> None:
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     """All ``checkpoint-N`` folders, complete or not, lowest step first."""
-    folder = Path(output_dir)
+    folder = Path(os.path.expanduser(output_dir))
     if not folder.is_dir():
         return []
-    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return [path for _, path in sorted((int(name[1]), path) for name, path in found if name)]
+    found = [(step_of(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return [path for _, path in sorted((step, path) for step, path in found if step is not None)]
 
 
 def latest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
@@ -207,7 +223,7 @@ def latest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def rotate(
-    output_dir: Path, keep: int | None, protected: set[Path | None], background: Executor
+    output_dir: Path, keep: int | None, protected: set[int | None], background: Executor
 ) -> None:
     """Delete the oldest checkpoints of this library until ``keep`` are left.
 
@@ -218,14 +234,15 @@ def rotate(
     Args:
         output_dir: The run's folder.
         keep: Checkpoints to keep; ``None`` for all.
-        protected: Checkpoints that stay in any case: the one just written, and the best.
+        protected: Steps whose checkpoints stay in any case: that just written, and the best.
         background: Runs the deletions.
     """
     if keep is None:
         return
     ours = [folder for folder in checkpoints(output_dir) if (folder / MANIFEST).is_file()]
     surplus = len(ours) - keep
-    for folder in [folder for folder in ours if folder not in protected][: max(0, surplus)]:
+    old = [folder for folder in ours if step_of(folder.name) not in protected]
+    for folder in old[: max(0, surplus)]:
         hidden = folder.with_name(f".{folder.name}.deleted")
         try:
             _remove(hidden)
@@ -239,17 +256,12 @@ def rotate(
 def set_aside(output_dir: Path, step: int) -> None:
     """Rename the checkpoints of later steps than the one from which the run goes on."""
     for folder in reversed(checkpoints(output_dir)):  # the newest first, should this be cut short
-        if _step(folder) > step and (folder / MANIFEST).is_file():
+        there = step_of(folder.name)
+        if there is not None and there > step and (folder / MANIFEST).is_file():
             aside = folder.with_name(f"abandoned-{folder.name}")
             _remove(aside)
             folder.rename(aside)
             logger.warning("%s is now %s: the run goes on from step %d", folder, aside.name, step)
-
-
-def _step(folder: Path) -> int:
-    name = _NAME.fullmatch(folder.name)
-    assert name is not None
-    return int(name[1])
 
 
 def _remove(folder: Path) -> None:

@@ -354,7 +354,7 @@ class Cache:
         if not folder:
             home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
             folder = Path(home) / "idefics_qlora"
-        self.folder = Path(folder) / "pictures"
+        self.folder = Path(folder).expanduser() / "pictures"
         self.max_bytes = access.max_cache_bytes
         self._allow_private_hosts = access.allow_private_hosts
 

@@ -182,7 +182,7 @@ def load_finetuned(
         CheckpointError: If a file is truncated or altered (a ``ValueError``).
         ValueError: If the adapter's tensors do not fit the base, or it was trained on another one.
     """
-    folder = Path(checkpoint)
+    folder = Path(checkpoint).expanduser()
     # Read on the CPU, before the base takes the GPU's memory.
     tensors, values, state = load_adapter_files(folder)
     config = LoraConfig.from_pretrained(str(folder))

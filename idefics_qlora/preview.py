@@ -148,7 +148,7 @@ def preview_batch(
     tokens, pixels = zip(*read, strict=True)
     batch = collator.collate(tokens, pixels)
 
-    folder = Path(image_dir or tempfile.mkdtemp(prefix="idefics_qlora-preview-"))
+    folder = Path(image_dir or tempfile.mkdtemp(prefix="idefics_qlora-preview-")).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
     for b, row in enumerate(shown):

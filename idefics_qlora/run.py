@@ -6,6 +6,7 @@ The loop itself is in ``training.py``; a :class:`Run` does for it all that is no
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,10 +27,12 @@ from idefics_qlora.batches import Collator
 from idefics_qlora.checkpoint import (
     MANIFEST,
     CheckpointError,
+    checkpoint_path,
     checkpoints,
     clear_leftovers,
     latest_checkpoint,
     load_checkpoint,
+    resolved,
     rotate,
     save_checkpoint,
     set_aside,
@@ -176,6 +179,7 @@ class Run:
 
     Args:
         inputs: As :func:`check_inputs` gave them.
+        folder: ``output_dir``, resolved.
         on_log: Called with every log record.
         stop: Knows whether a signal has asked the run to stop.
         background: Deletes old checkpoints.
@@ -184,6 +188,7 @@ class Run:
     def __init__(
         self,
         inputs: Inputs,
+        folder: Path,
         on_log: Callable[[dict[str, Any]], None] | None,
         stop: StopSignals,
         background: Executor,
@@ -192,7 +197,7 @@ class Run:
         self.inputs = inputs
         self.notices = inputs.notices
         self.config = config
-        self.folder = Path(config.output_dir)
+        self.folder = folder
         self.stop = stop
         self._on_log = on_log
         self._background = background
@@ -218,13 +223,13 @@ class Run:
             unlogged_loss=torch.zeros((), dtype=torch.float64, device=device),
         )
         way_out = "make the adapter anew with add_lora, or load it from a checkpoint that is sound"
-        if (checkpoint := _resume_from(config)) is not None:
+        if (checkpoint := _resume_from(config, folder)) is not None:
             self.state.restore(load_checkpoint(checkpoint), checkpoint)
             way_out = f"{checkpoint} holds them: delete it, or resume from an earlier one"
         models.check_finite(self._trainable, way_out)
         if checkpoint is not None:
             set_aside(self.folder, self.state.global_step)
-            self._bring_best()
+            self._bring_best(checkpoint.parent)
             logger.info("resumed from %s at step %d", checkpoint, self.state.global_step)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -254,15 +259,28 @@ class Run:
         self._labels_checked = False
         model.train()
 
-    def _bring_best(self) -> None:
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the lowest ``eval_loss``, if it is still there."""
+        if self.state.best_step is None:
+            return None
+        best = checkpoint_path(self.folder, self.state.best_step)
+        return best if best.is_dir() else None
+
+    def _bring_best(self, origin: Path) -> None:
         """Copy the best checkpoint so far, if the run was continued from another folder."""
-        best = self.state.best_checkpoint
-        if best is not None and best.resolve().parent != self.folder.resolve():
-            self.state.best_checkpoint = self.folder / best.name
-            if not self.state.best_checkpoint.exists():
-                temporary = self.folder / f".{best.name}.incomplete"
-                shutil.copytree(best, temporary)
-                temporary.rename(self.state.best_checkpoint)
+        state = self.state
+        if state.best_step is None:
+            return
+        theirs = checkpoint_path(origin, state.best_step)
+        ours = checkpoint_path(self.folder, state.best_step)
+        if not theirs.is_dir():
+            logger.warning("the best checkpoint so far, %s, is gone", theirs)
+            state.best_step = state.best_metric = None
+        elif not ours.exists():
+            temporary = self.folder / f".{ours.name}.incomplete"
+            shutil.copytree(theirs, temporary)
+            temporary.rename(ours)
 
     def windows(self) -> Loading[Window]:
         """The windows from the state's next one on."""
@@ -387,15 +405,15 @@ class Run:
         """
         state = self.state
         self._clock.update(state)
-        folder = self.folder / f"checkpoint-{state.global_step}"
-        best_before = state.best_metric, state.best_checkpoint
+        folder = checkpoint_path(self.folder, state.global_step)
+        best_before = state.best_metric, state.best_step
         best_metric = float("inf") if state.best_metric is None else state.best_metric
         if eval_loss is not None and eval_loss < best_metric:
-            state.best_metric, state.best_checkpoint = eval_loss, folder
+            state.best_metric, state.best_step = eval_loss, state.global_step
         try:
             save_checkpoint(folder, state.snapshot())
         except OSError as error:
-            state.best_metric, state.best_checkpoint = best_before
+            state.best_metric, state.best_step = best_before
             message = f"{folder} cannot be written ({error}); earlier checkpoints are whole"
             ends = state.global_step == state.total_steps or self.stop.received is not None
             if ends or self.config.on_save_error == "raise":
@@ -407,7 +425,7 @@ class Run:
             logger.error("%s; training goes on and tries again later", message)
         else:
             self._saved_step = state.global_step
-            protected = {folder, state.best_checkpoint}
+            protected = {state.global_step, state.best_step}
             rotate(self.folder, self.config.save_total_limit, protected, self._background)
 
     def save_if_new(self) -> None:
@@ -489,7 +507,7 @@ class Run:
         metrics = _metrics(state, self.epoch())
         finished = state.global_step >= state.total_steps
         if finished and self.config.load_best_model_at_end:
-            _load_best(model, state.best_checkpoint)
+            _load_best(model, self.best_checkpoint)
         model.eval()
         if summary := str(self.notices):
             logger.warning("%s", summary)
@@ -499,7 +517,7 @@ class Run:
             training_loss=metrics["train_loss"],
             metrics=metrics,
             log_history=[*state.log_history, {**metrics, "step": state.global_step}],
-            best_checkpoint=state.best_checkpoint,
+            best_checkpoint=self.best_checkpoint,
             fp16_ledger=_fp16_ledger(state),
             stopped_by=None if stopped is None else stopped.name,
         )
@@ -563,7 +581,7 @@ def _endless_overflow(state: TrainState) -> FloatingPointError:
 
 def _load_best(model: PeftModel, best: Path | None) -> None:
     if best is None:
-        logger.warning("no evaluation gave a finite loss: the last adapter stays, not the best")
+        logger.warning("there is no best checkpoint (any more): the last adapter stays")
         return
     try:
         models.load_adapter(model, load_checkpoint(best).adapter, str(best))
@@ -571,24 +589,27 @@ def _load_best(model: PeftModel, best: Path | None) -> None:
         logger.error("the best checkpoint is damaged (%s): the last adapter stays", error)
 
 
-def _resume_from(config: TrainConfig) -> Path | None:
+def _resume_from(config: TrainConfig, output_dir: Path) -> Path | None:
     if config.resume == "auto":
-        newest = latest_checkpoint(config.output_dir)
-        damaged = [f for f in checkpoints(config.output_dir) if (f / MANIFEST).is_file()]
+        newest = latest_checkpoint(output_dir)
+        damaged = [f for f in checkpoints(output_dir) if (f / MANIFEST).is_file()]
         if newest is None and damaged:
             raise CheckpointError(
-                f"none of {', '.join(f.name for f in damaged)} in {config.output_dir} is whole, as "
+                f"none of {', '.join(f.name for f in damaged)} in {output_dir} is whole, as "
                 "the log says: mend or delete them, or choose another output_dir"
             )
         return newest
     if config.resume == "never":
-        if existing := checkpoints(config.output_dir):
+        if existing := checkpoints(output_dir):
             raise ValueError(
                 f"resume='never', but {existing[-1]} exists: choose another output_dir, delete the "
                 "old run, or continue it with resume='auto'"
             )
         return None
-    folder = Path(config.resume)
+    folder = Path(os.path.expanduser(config.resume))
+    # A run may keep links to checkpoints that lie elsewhere; to others they are what they lead to.
+    beside = resolved(folder.parent) / folder.name
+    folder = beside if beside.parent == output_dir else resolved(folder)
     if not folder.is_dir():
         there = [path.name for path in checkpoints(folder.parent)]
         raise ValueError(

@@ -45,8 +45,8 @@ def load_rows(
         FileNotFoundError: If there is no such file, or no metadata in the folder.
         ValueError: If a line cannot be read or a path leaves the folder; names file and line.
     """
-    file = _metadata_file(Path(path))
-    access = replace(access, folder=Path(access.folder or file.parent).resolve())
+    file = _metadata_file(Path(path).expanduser())
+    access = replace(access, folder=Path(access.folder or file.parent).expanduser().resolve())
     rows = []
     for line, row in _jsonl(file) if file.suffix == ".jsonl" else _csv(file):
         try:

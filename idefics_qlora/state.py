@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn import Parameter
 
-from idefics_qlora.checkpoint import Snapshot
+from idefics_qlora.checkpoint import Snapshot, checkpoint_path, step_of
 from idefics_qlora.config import TrainConfig
 from idefics_qlora.diagnostics import Coverage
 from idefics_qlora.machine import COMPUTING, environment
@@ -88,8 +88,8 @@ class TrainState:
     """Sum of the losses since the last log record, kept on the device."""
     unlogged_steps: int = 0
     best_metric: float | None = None
-    best_checkpoint: Path | None = None
-    """The saved checkpoint with the lowest ``eval_loss``."""
+    best_step: int | None = None
+    """Step of the saved checkpoint with the lowest ``eval_loss``."""
     log_history: list[dict[str, Any]] = field(default_factory=list)
     first_nonfinite_module: str | None = None
     """Where the first overflow was, if in a forward pass."""
@@ -124,7 +124,7 @@ class TrainState:
             rng: Random states to go on with; by default the present ones.
         """
         tensors, scalars = optimizer_state(self.optimizer, self._parameter_names())
-        best = None if self.best_checkpoint is None else self.best_checkpoint.name
+        best = None if self.best_step is None else checkpoint_path(Path(), self.best_step).name
         return Snapshot(
             adapter=adapter_tensors(self.model),
             adapter_config=adapter_config(self.model),
@@ -166,12 +166,8 @@ class TrainState:
         if state["config"]["micro_batch_size"] != self.config.micro_batch_size:
             self.micro_batch_size, self.growing = micro_batch
         self.unlogged_loss.fill_(state["unlogged_loss"])
-        self.best_checkpoint = None
-        if state["best_checkpoint"] is not None:
-            self.best_checkpoint = source.parent / state["best_checkpoint"]
-            if not self.best_checkpoint.is_dir():
-                logger.warning("the best checkpoint so far, %s, is gone", self.best_checkpoint)
-                self.best_checkpoint = self.best_metric = None
+        best = state["best_checkpoint"]
+        self.best_step = None if best is None else step_of(best)
         restore_rng(snapshot.rng, self.device)
 
     def _check_same_run(self, snapshot: Snapshot, source: Path) -> None:

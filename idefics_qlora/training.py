@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from idefics_qlora import model as models
 from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
+from idefics_qlora.checkpoint import resolved
 from idefics_qlora.config import TrainConfig
 from idefics_qlora.diagnostics import check_coverage, gradient_coverage
 from idefics_qlora.examples import ToExample
@@ -73,13 +73,14 @@ def train(
             bf16 or fp32.
     """
     inputs = check_inputs(model, processor, train_rows, eval_rows, config, to_example, access)
+    folder = resolved(config.output_dir)
     with (
-        RunLock(Path(config.output_dir)),
+        RunLock(folder),
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="rotation") as background,
         StopSignals() as stop,
         guarded_children(),
     ):
-        run = Run(inputs, on_log, stop, background)
+        run = Run(inputs, folder, on_log, stop, background)
         state = run.state
         with (
             run.windows() as windows,

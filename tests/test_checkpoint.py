@@ -147,10 +147,10 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path, background):
     (tmp_path / "checkpoint-0").mkdir()  # not ours: it has no manifest
     rotate(tmp_path, None, set(), background)
     assert len(names(tmp_path)) == 5
-    rotate(tmp_path, 2, {tmp_path / "checkpoint-1", tmp_path / "checkpoint-4"}, background)
+    rotate(tmp_path, 2, {1, 4}, background)
     background.submit(int).result()  # the deletions before it are done
     assert names(tmp_path) == ["checkpoint-0", "checkpoint-1", "checkpoint-4"]
-    rotate(tmp_path, 1, {tmp_path / "checkpoint-1", tmp_path / "checkpoint-4"}, background)
+    rotate(tmp_path, 1, {1, 4}, background)
     assert names(tmp_path) == ["checkpoint-0", "checkpoint-1", "checkpoint-4"]
 
 
@@ -164,7 +164,7 @@ def test_a_deletion_that_fails_is_survived(tmp_path, background, caplog, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.rename", refuse)
-        rotate(tmp_path, 1, {tmp_path / "checkpoint-3"}, background)
+        rotate(tmp_path, 1, {3}, background)
     assert "checkpoint-1 cannot be deleted" in caplog.text
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     with monkeypatch.context() as patch:

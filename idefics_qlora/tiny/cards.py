@@ -281,7 +281,7 @@ def creature_cards(
         ValueError: The split is unknown, or has fewer than `n` cards.
     """
     rng = random.Random(_digest("pick", seed, split))
-    folder = None if directory is None else Path(directory)
+    folder = None if directory is None else Path(directory).expanduser()
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
