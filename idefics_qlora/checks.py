@@ -31,7 +31,7 @@ REPEATED_ROWS = 8
 """First rows that ``to_example`` is given a second time."""
 COMPARED_ROWS = 20_000
 """Rows of each kind that are compared with each other as they are, unread."""
-COMPARED_BYTES = 2**28
+COMPARED_BYTES = 2**27
 """Bytes of pictures that are compared at most."""
 ID_COLUMNS = frozenset({"id", "_id", "idx", "index", "row_id", "uuid", "__index_level_0__"})
 """Columns that differ between rows that are otherwise the same."""
@@ -238,10 +238,20 @@ def digest(value: Any, load: bool = True) -> bytes:
     return hashed.digest()
 
 
+def _digest_of(value: Any, load: bool = True) -> bytes | None:
+    """The digest, or ``None`` where a picture cannot be decoded: that is told when it is read."""
+    try:
+        return digest(value, load)
+    except Exception:
+        return None
+
+
 def _update(update: Callable[[bytes], None], value: Any, load: bool) -> None:
     update(type(value).__name__.encode() + b"(")
     if isinstance(value, (bytes, bytearray)):
         update(bytes(value))
+    elif isinstance(value, Mapping) and value.get("bytes") is not None:
+        _update(update, value["bytes"], load)  # a picture, whatever the name of its file
     elif isinstance(value, Mapping):
         for item in value.items():
             _update(update, item, load)
@@ -281,34 +291,31 @@ class _Unread:
             self._rows = rows[:COMPARED_ROWS]
             self.light = [_light(row) for row in self._rows]
         elif type(rows).__module__.startswith("datasets.") and hasattr(rows, "select"):
-            from datasets import Image as ImageColumn  # it is imported: the rows are of it
-
             table: Any = rows
-            table = table.with_format(None)
-            table = table.select(range(min(len(table), COMPARED_ROWS)))
-            light = [name for name, kind in table.features.items() if hasattr(kind, "dtype")]
-            for name, kind in table.features.items():
-                if isinstance(kind, ImageColumn):
-                    light.remove(name)
-                    table = table.cast_column(name, ImageColumn(decode=False))
-            columns = table.select_columns(light)[:]
-            self._rows = table
-            self.light = [
-                _light({name: column[i] for name, column in columns.items()})
-                for i in range(len(table))
+            table = table.with_format("arrow").select(range(min(len(table), COMPARED_ROWS)))
+            texts = [
+                name
+                for name, kind in table.features.items()
+                if hasattr(kind, "dtype") and not hasattr(kind, "decode_example")
             ]
+            self._rows = table
+            self.light = [_light(row) for row in table.select_columns(texts)[:].to_pylist()]
 
-    def whole(self, index: int) -> tuple[bytes, int]:
-        """A row's digest, and the bytes of its pictures."""
+    def whole(self, index: int) -> tuple[bytes | None, int]:
+        """A row's digest (``None`` if it has none), and the bytes of its pictures."""
         row = self._rows[index]
+        if hasattr(row, "to_pylist"):  # a table of one row, its pictures still encoded
+            (row,) = row.to_pylist()
         if isinstance(row, Mapping):
             row = {key: value for key, value in row.items() if key not in ID_COLUMNS}
-        return digest(row, load=False), _num_bytes(row)
+        return _digest_of(row, load=False), _num_bytes(row)
 
 
 def _light(value: Any) -> Any:
     if isinstance(value, Example):
         return (*map(_light, _items(value.prompt)), value.completion)
+    if isinstance(value, Mapping) and value.get("bytes") is not None:
+        return _light(value["bytes"])
     if isinstance(value, Mapping):
         return tuple(_light(item) for key, item in value.items() if key not in ID_COLUMNS)
     if isinstance(value, (list, tuple)):
@@ -341,13 +348,14 @@ def _same_unread(every: Mapping[str, _Unread]) -> dict[tuple[str, int], tuple[st
     same: dict[tuple[str, int], tuple[str, int]] = {}
     num_bytes = 0
     for group in alike.values():
-        first: dict[bytes, tuple[str, int]] = {}
+        first: dict[bytes | None, tuple[str, int]] = {}
         for name, index in group if len(group) > 1 else ():
             if num_bytes > COMPARED_BYTES:
                 return same
             key, size = every[name].whole(index)
             num_bytes += size
-            if (earlier := first.setdefault(key, (name, index))) != (name, index):
+            earlier = first.setdefault(key, (name, index))
+            if key is not None and earlier != (name, index):
                 same[name, index] = earlier
     return same
 
@@ -390,7 +398,7 @@ class FirstRows:
         if self._to_repeat:
             with contextlib.suppress(Exception):  # told when it is read
                 if row is ...:
-                    before = digest(self._row(index))
+                    before = _digest_of(self._row(index))
                 else:
                     row = copy.deepcopy(row)  # the next epoch brings a new one
         return partial(self._look, index, before, row)
@@ -430,13 +438,16 @@ class FirstRows:
 
     def _repeat(self, name: str, again: Any, example: Example, before: bytes | None) -> None:
         """Give ``to_example`` the row a second time."""
-        is_changed = before is not None and digest(again) != before
+        first = _digest_of(example)
+        if first is None:
+            return
+        is_changed = before is not None and _digest_of(again) != before
         if is_changed:
             self.found["to_example changes its row"].append(
                 (name, "to_example changes its row: let it work on a copy, such as dict(row)")
             )
         try:
-            if digest(self.reader.example(self.reader.decoded(again))) == digest(example):
+            if digest(self.reader.example(self.reader.decoded(again))) == first:
                 return
             fault = "gives another example the second time"
         except Exception as error:

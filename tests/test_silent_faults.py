@@ -1,5 +1,6 @@
 """Plausible mistakes in rows and texts are told before a run starts, and sound rows are not."""
 
+import io
 import logging
 import random
 import re
@@ -335,6 +336,36 @@ def test_encoded_pictures_are_compared_as_the_model_gets_them(processor, tmp_pat
         rows[i] = {"prompt": "What?", "completion": " Yes.", "image": str(tmp_path / name)}
     (line,) = found(processor, rows).values()
     assert line.startswith("train_rows[3] is the same as train_rows[1]; 1 of 4 training rows")
+
+
+def test_one_picture_under_two_names_is_one(processor):
+    """Encoded in a table, beyond the first rows: the bytes count, not the file's name."""
+    rows = []
+    for i in range(80):
+        encoded = io.BytesIO()
+        drawn(min(i, 78), (32, 32)).save(encoded, "PNG")
+        picture = {"bytes": encoded.getvalue(), "path": f"{i}.png"}
+        rows.append({"image": picture, "text": f"Card {min(i, 78)}"})
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    for kind in (rows, datasets.Dataset.from_list(rows, features=features)):
+        (line,) = found(processor, kind, iq.Captions(answer=" {text}")).values()
+        assert line.startswith("train_rows[79] is the same as train_rows[78]; 1 of 80")
+
+
+def test_a_picture_closed_by_to_example_is_told(lora, processor, tmp_path):
+    """What a second epoch would stumble over is found before the first."""
+
+    def closes(row):
+        copied = row["prompt"][0].copy()
+        row["prompt"][0].close()
+        return iq.Example([copied, "What?"], row["completion"])
+
+    rows = rows_of(4)
+    for i, row in enumerate(rows):
+        row["prompt"][0].save(tmp_path / f"{i}.png")
+        row["prompt"][0] = Image.open(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match=r"train_rows\[\d\]: to_example fails the second time"):
+        iq.train(lora, processor, rows, config=config_of(tmp_path / "run"), to_example=closes)
 
 
 def class_rows():
