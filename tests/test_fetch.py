@@ -530,10 +530,11 @@ def test_making_room_leaves_files_at_work_alone():
     """Another thread's unfinished file is not the least recently used picture."""
     cache = Cache(ImageAccess(max_cache_bytes=2_000))
     at_work = cache.path("http://host/0").parent / ".new"
+    at_work.parent.mkdir(parents=True)
+    at_work.write_bytes(bytes(100))
+    os.utime(at_work, (time.time() - 60, time.time() - 60))
     for i in range(4):
         cache.put(f"http://host/{i}", bytes(968))
-        at_work.write_bytes(bytes(100))
-        os.utime(at_work, (time.time() - 60, time.time() - 60))
     assert at_work.exists()
     assert sum(cache.touch(f"http://host/{i}") for i in range(4)) == 1
 
