@@ -108,8 +108,11 @@ def main(arguments: list[str] | None = None) -> int:
     }
     path = options.output_dir / "metrics.json"
     path.write_text(json.dumps(metrics, indent=2))
-    problems = [f for f in chance if scores["after"][f] < 0.9]
-    problems += [f for f in chance if abs(scores["shuffled"][f] - chance[f]) > 0.1]
+    problems = [
+        field
+        for field in chance
+        if scores["after"][field] < 0.9 or abs(scores["shuffled"][field] - chance[field]) > 0.1
+    ]
     if problems:
         print(f"\nNot learnt from the pictures: {', '.join(problems)} (see {path})")
         return 1

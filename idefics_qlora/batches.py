@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
-from idefics_qlora.config import LossOn
+from idefics_qlora.config import LossOn, check_choice
 from idefics_qlora.examples import (
     Example,
     PromptItem,
@@ -157,6 +157,7 @@ class Collator:
         max_length: int | None = None,
         access: ImageAccess = DEFAULT_ACCESS,
     ) -> None:
+        check_choice("loss_on", loss_on, LossOn)
         self.tokenizer = processor.tokenizer
         self.loss_on = loss_on
         self.num_embeddings = num_embeddings

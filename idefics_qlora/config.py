@@ -7,11 +7,13 @@ defaults are the recipe of the well-known IDEFICS fine-tuning tutorial.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 Precision = Literal["fp16", "bf16", "fp32"]
 Optim = Literal["paged_adamw_8bit", "adamw_torch"]
@@ -23,11 +25,110 @@ PARTS = ("vision tower", "perceiver", "cross-attention", "text layers")
 """Parts of the model that have adapters of their own."""
 
 
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of a ``Literal``'s."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(get_args(choices))}")
+
+
+def check_whole(**numbers: int) -> None:
+    """Raise ``ValueError`` unless all are whole numbers of at least 1."""
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"{name}={number!r}: expected a whole number of at least 1")
+
+
+_STEPS = "every so many steps, if there are eval_rows"
+_RESUME = "resume='auto' (the default) goes on, 'never' refuses, a path goes back to it"
+_ALWAYS = "nothing to set: it is done always"
+_FIXED = "nothing to set: it is AdamW's default"
+OTHER_NAMES = {
+    "per_device_train_batch_size": "micro_batch_size",
+    "per_gpu_train_batch_size": "micro_batch_size",
+    "train_batch_size": "global_batch_size (examples of one optimizer step)",
+    "batch_size": "global_batch_size (examples of one optimizer step)",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "per_gpu_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "derived: set global_batch_size, the examples of one optimizer "
+    "step, to micro_batch_size times as many",
+    "auto_find_batch_size": "micro_batch_size='auto'",
+    "eval_strategy": f"eval_steps: {_STEPS}",
+    "evaluation_strategy": f"eval_steps: {_STEPS}",
+    "do_eval": f"eval_steps: {_STEPS}",
+    "do_train": "nothing to set: call train",
+    "save_strategy": "save_steps",
+    "logging_strategy": "logging_steps",
+    "logging_dir": "output_dir; or train(..., on_log=...)",
+    "report_to": "train(..., on_log=...), which is called with every record",
+    "fp16": "precision='fp16' (the default), 'bf16' or 'fp32'",
+    "bf16": "precision='bf16'",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup_ratio": "warmup_steps, in optimizer steps",
+    "adam_beta1": _FIXED,
+    "adam_beta2": _FIXED,
+    "adam_epsilon": _FIXED,
+    "optimizer": "optim",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "dataloader_num_workers": "num_workers",
+    "dataloader_pin_memory": _ALWAYS,
+    "data_seed": "seed",
+    "group_by_length": _ALWAYS,
+    "gradient_checkpointing_kwargs": "gradient_checkpointing, which is never reentrant",
+    "activation_checkpointing": "gradient_checkpointing",
+    "remove_unused_columns": "nothing to set: to_example gets the whole row",
+    "resume_from_checkpoint": f"resume: {_RESUME}",
+    "overwrite_output_dir": f"resume: {_RESUME}",
+    "metric_for_best_model": "nothing to set: the best has the lowest eval_loss",
+    "greater_is_better": "nothing to set: the best has the lowest eval_loss",
+    "completion_only_loss": "loss_on='completion' (the default) or 'all'",
+    "train_on_inputs": "loss_on='all'",
+    "use_cpu": "load_model(..., device='cpu')",
+    "no_cuda": "load_model(..., device='cpu')",
+    "push_to_hub": "nothing to set: a checkpoint's folder is a peft adapter, to be uploaded as one",
+}
+"""Arguments of other trainers, ``transformers.TrainingArguments`` first of all, and ours."""
+
+Config = TypeVar("Config")
+
+
+def _naming_ours(config: type[Config]) -> type[Config]:
+    """Let an unknown argument be an error that says what it is called here."""
+    known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    plain: Any = config.__init__
+
+    @functools.wraps(plain)
+    def init(self: Any, *args: Any, **values: Any) -> None:
+        problems = []
+        for name in values:
+            if name in known:
+                continue
+            similar = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            if name in OTHER_NAMES:
+                problems.append(f"{name}: {OTHER_NAMES[name]}")
+            elif similar:
+                problems.append(f"{name}: did you mean {similar[0]}?")
+            else:
+                problems.append(f"{name}: there is no such setting; there are {', '.join(known)}")
+        if problems:
+            lines = "\n".join(f"  - {problem}" for problem in problems)
+            raise TypeError(f"{config.__name__} has other settings than these; use\n{lines}")
+        plain(self, *args, **values)
+
+    config.__init__ = init  # type: ignore[method-assign]
+    return config
+
+
+@_naming_ours
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of one training run.
 
     Raises:
+        TypeError: If there is no such field; the message says what it is called here.
         ValueError: If any field has a value that cannot work. The message lists *every* such
             field with its value and what is expected, so that one run of the script finds all.
     """
@@ -184,7 +285,12 @@ class TrainConfig:
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 problems.append(f"{name}={getattr(self, name)!r}: expected True or False")
-        if unknown := sorted(set(self.allow_dead_parts) - set(PARTS)):
+        parts = self.allow_dead_parts
+        if not isinstance(parts, (tuple, list)) or not all(isinstance(p, str) for p in parts):
+            problems.append(
+                f"allow_dead_parts={parts!r}: expected a tuple of parts, such as ('perceiver',)"
+            )
+        elif unknown := sorted(set(parts) - set(PARTS)):
             problems.append(f"allow_dead_parts: {unknown} are none of {', '.join(PARTS)}")
         for name in ("output_dir", "resume"):
             value = getattr(self, name)

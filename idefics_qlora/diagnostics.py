@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from idefics_qlora import model as models
 from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.batches import IGNORE, Batch, Collator, Tokens
-from idefics_qlora.config import LossOn
+from idefics_qlora.config import LossOn, check_whole
 from idefics_qlora.examples import ToExample
 from idefics_qlora.generation import generate_from_tokens
 from idefics_qlora.images import write_png
@@ -274,8 +274,11 @@ def image_use(
         The losses, their paired differences, and the fields' shares of right values.
 
     Raises:
+        TypeError: If model and processor are swapped.
         ValueError: If fewer than two rows have a picture.
     """
+    models.check_model_and_processor(model, processor)
+    check_whole(max_rows=max_rows, batch_size=batch_size, max_new_tokens=max_new_tokens)
     collator = Collator(processor, loss_on, models.num_embeddings(model), max_length, access)
     reader = RowReader(rows, "rows", to_example, collator)
     reader.need_length()

@@ -10,7 +10,7 @@ import torch
 from idefics_qlora import model as models
 from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.batches import Collator
-from idefics_qlora.config import LossOn, OnBadRow
+from idefics_qlora.config import LossOn, OnBadRow, check_whole
 from idefics_qlora.examples import ToExample
 from idefics_qlora.faults import BadRows
 from idefics_qlora.loading import Loading
@@ -57,12 +57,13 @@ def evaluate(
         ``eval_bad_rows`` if any rows were left out.
 
     Raises:
+        TypeError: If model and processor are swapped.
         ValueError: If there are no rows, or a row is bad and ``on_bad_row`` says so, or more than
             5 % are.
     """
+    models.check_model_and_processor(model, processor)
     collator = Collator(processor, loss_on, models.num_embeddings(model), max_length, access)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: expected a whole number of at least 1")
+    check_whole(batch_size=batch_size)
     batches = EvalBatches(RowReader(rows, "rows", to_example, collator), batch_size)
     device = next(model.parameters()).device
     loading = Loading(batches, num_workers=num_workers, pin=device.type == "cuda")
@@ -88,7 +89,7 @@ def mean_loss(
             batch = window.batch.to(device)
             logits = model(**batch.inputs(), use_cache=False).logits
             total += summed_cross_entropy(logits, batch.labels)
-    bad_rows.check_share(num_bad, max(num_bad + num_examples, FEW_ROWS) if num_examples else 0)
+    bad_rows.check_share(num_bad, num_bad + num_examples, FEW_ROWS if num_examples else 0)
     loss = total.item() / num_targets  # sync
     seconds = time.perf_counter() - started
     record = {

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from idefics_qlora.batches import Batch
-from idefics_qlora.config import OnBadRow
+from idefics_qlora.config import OnBadRow, check_choice
 from idefics_qlora.windows import BadRow
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class BadRows:
     """
 
     def __init__(self, policy: OnBadRow, ledger: Path | None = None) -> None:
+        check_choice("on_bad_row", policy, OnBadRow)
         self.policy = policy
         self.ledger = ledger
         self.reasons: dict[str, str] = {}
@@ -128,13 +129,18 @@ class BadRows:
                 except OSError as error:  # a full disk is for the next checkpoint to report
                     logger.warning("%s cannot be written: %s", self.ledger, error)
 
-    def check_share(self, num_bad: int, num_seen: int) -> None:
+    def check_share(self, num_bad: int, num_seen: int, few: int = 0) -> None:
         """Stop when too many rows are bad to be an accident.
+
+        Args:
+            num_bad: Bad rows.
+            num_seen: Rows, the bad ones included.
+            few: Of fewer rows, as many may be bad as of this number.
 
         Raises:
             ValueError: With the first reasons.
         """
-        if num_bad <= MAX_BAD_SHARE * num_seen:
+        if num_bad <= MAX_BAD_SHARE * max(num_seen, few):
             return
         first = "\n".join(f"  - {reason}" for reason in islice(self.reasons.values(), 5))
         where = "" if self.ledger is None else f"; all of them are in {self.ledger}"

@@ -10,9 +10,19 @@ from torch import Tensor
 from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess, opening_with
 from idefics_qlora.batches import AROUND_IMAGE, IMAGE_TOKEN, Collator, Tokens, end_ids
 from idefics_qlora.checks import text_findings
+from idefics_qlora.config import check_whole
 from idefics_qlora.examples import PromptItem, as_prompt, naming_row
-from idefics_qlora.model import Model, Processor, evaluation_mode, num_embeddings
+from idefics_qlora.model import (
+    Model,
+    Processor,
+    check_model_and_processor,
+    evaluation_mode,
+    num_embeddings,
+)
 from idefics_qlora.notices import Notices
+
+ONE_TEXT = {"num_return_sequences": 1, "return_dict_in_generate": False}
+"""Options of transformers that hold in any case, whatever the model's own settings are."""
 
 
 def generate(
@@ -30,6 +40,7 @@ def generate(
 
     Greedy unless ``generate_options`` say otherwise. Image tokens are never produced, and a text
     ends at the end-of-sequence token, or at ``<end_of_utterance>`` where the checkpoint has it.
+    For several texts of a prompt, pass it as often, with ``do_sample=True``.
 
     Args:
         model: The base, or the base with an adapter.
@@ -46,8 +57,19 @@ def generate(
         One text per prompt.
 
     Raises:
-        ValueError: If a prompt is not valid; the message names it (``BadImage`` for an image).
+        TypeError: If model and processor are swapped.
+        ValueError: If a prompt is not valid; the message names it (``BadImage`` for an image). If
+            an option asks for something else than one text per prompt.
     """
+    check_model_and_processor(model, processor)
+    check_whole(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    for name, only in ONE_TEXT.items():
+        if generate_options.get(name, only) not in (only, None):
+            raise ValueError(
+                f"{name}={generate_options[name]!r}: generate returns one text per prompt; for "
+                "several, pass the prompt as often, with do_sample=True; for more than texts, call "
+                "model.generate"
+            )
     collator = Collator(processor, num_embeddings=num_embeddings(model), access=access)
     notices = Notices()
     tokens, pixels = [], []
@@ -101,6 +123,7 @@ def generate_from_tokens(
         "eos_token_id": end_ids(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         **generate_options,
+        **ONE_TEXT,
         "suppress_tokens": [*(generate_options.get("suppress_tokens") or ()), *image_ids],
     }
     texts: list[str] = []

@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from idefics_qlora.config import Optim, Precision
+from idefics_qlora.config import Optim, Precision, check_choice, check_whole
 from idefics_qlora.model import DTYPES, NOT_QUANTIZED, add_lora, load_config
 
 CARDS = (16, 24, 40, 80)
@@ -235,9 +235,9 @@ def estimate_memory(
         FileNotFoundError: If a local folder, or its ``config.json``, does not exist.
         ValueError: If a value cannot work, or the checkpoint holds another architecture.
     """
-    _check_numbers(text_tokens=text_tokens, images=images, micro_batch=micro_batch)
-    _check_choice("precision", precision, get_args(Precision))
-    _check_choice("optim", optim, get_args(Optim))
+    check_whole(text_tokens=text_tokens, images=images, micro_batch=micro_batch)
+    check_choice("precision", precision, Precision)
+    check_choice("optim", optim, Optim)
     config = _configuration(checkpoint, revision)
     dtype = DTYPES[precision]
     model = _on_meta(config, dtype, quantize, lora)
@@ -277,17 +277,6 @@ def estimate_memory(
         layer=line(3 * two.largest, 3 * three.largest) + Bytes(dequantized, 0),
         recomputed=line(two.inside[largest], three.inside[largest]),
     )
-
-
-def _check_numbers(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ValueError(f"{name}={number!r}: expected a whole number of at least 1")
-
-
-def _check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
-    if choice not in choices:
-        raise ValueError(f"{name}={choice!r}: expected one of {', '.join(choices)}")
 
 
 def _configuration(

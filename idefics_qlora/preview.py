@@ -21,6 +21,7 @@ from idefics_qlora.checks import FirstRows
 from idefics_qlora.config import LossOn
 from idefics_qlora.examples import ToExample
 from idefics_qlora.images import write_png
+from idefics_qlora.model import check_processor
 from idefics_qlora.notices import Notices
 from idefics_qlora.windows import RowReader, Rows, class_names, crop_seed
 
@@ -129,8 +130,10 @@ def preview_batch(
         The rows as the model gets them; ``str()`` gives the text without colours.
 
     Raises:
+        TypeError: If ``processor`` is none (but the model, perhaps).
         ValueError: If a row is bad; the message names it.
     """
+    check_processor(processor)
     collator = Collator(processor, loss_on, max_length=max_length, access=access)
     names = class_names(rows)
     if not hasattr(rows, "__len__"):  # a stream: as far as it is to be shown

@@ -127,8 +127,10 @@ def check_inputs(
     """See that rows, model and settings go together, and read the first rows.
 
     Raises:
+        TypeError: If model and processor are swapped.
         ValueError: If they do not; the message names the row or the field.
     """
+    models.check_model_and_processor(model, processor)
     if eval_rows is None and config.load_best_model_at_end:
         raise ValueError(
             f"load_best_model_at_end=True needs eval_rows to find the best checkpoint (every "
@@ -300,7 +302,7 @@ class Run:
             self._bad_rows.note(window.bad)
             num_bad = state.num_bad_rows + len(window.bad)
             num_seen = state.num_seen + len(window.rows) + len(window.bad)
-            self._bad_rows.check_share(num_bad, max(num_seen, ROWS_CHECKED))
+            self._bad_rows.check_share(num_bad, num_seen, ROWS_CHECKED)
         except (LoaderError, ValueError) as error:
             self.save_if_new()
             if isinstance(error, LoaderError) and isinstance(self._windows, Windows):
@@ -538,7 +540,7 @@ def _first_rows(
     number = len(fingerprint.given)
     # A few held-out rows must not stop a run, unless there are no others.
     few_held_out = reader.name == "eval_rows" and len(bad) < number
-    rows.check_share(len(bad), max(number, ROWS_CHECKED) if few_held_out else number)
+    rows.check_share(len(bad), number, ROWS_CHECKED if few_held_out else 0)
     is_eval = reader.name == "eval_rows"
     seen.tell(notices, config.eval_batch_size if is_eval else config.micro_batch_size)
     return fingerprint, seen

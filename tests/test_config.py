@@ -1,10 +1,14 @@
 """TrainConfig: defaults are the recipe, and every wrong value is named at once."""
 
 import dataclasses
+import inspect
+import pickle
+import re
 
 import pytest
 
 import idefics_qlora as iq
+from idefics_qlora.config import OTHER_NAMES
 
 
 def test_defaults_are_the_tutorials_recipe():
@@ -121,3 +125,55 @@ def test_steps_follow_from_epochs():
     config = iq.TrainConfig(output_dir="runs", num_train_epochs=1.5)
     assert config.total_steps(100) == 10  # 150 examples, 16 at a time
     assert iq.TrainConfig(output_dir="runs", max_steps=7).total_steps(100) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("per_device_train_batch_size", 2, "per_device_train_batch_size: micro_batch_size"),
+        ("per_device_eval_batch_size", 2, "eval_batch_size"),
+        ("gradient_accumulation_steps", 8, "derived: set global_batch_size"),
+        ("evaluation_strategy", "steps", "eval_steps"),
+        ("eval_strategy", "steps", "eval_steps"),
+        ("fp16", True, "precision='fp16'"),
+        ("bf16", True, "precision='bf16'"),
+        ("warmup_ratio", 0.03, "warmup_steps"),
+        ("dataloader_num_workers", 2, "num_workers"),
+        ("resume_from_checkpoint", True, "resume='auto'"),
+        ("leraning_rate", 1e-4, "did you mean learning_rate"),
+        ("wombat", 1, "there is no such setting; there are output_dir, .* loader_timeout_s"),
+    ],
+)
+def test_settings_of_other_trainers_are_told_by_our_names(name, value, message):
+    """Who comes from TrainingArguments, or mistypes, is told what to write, all at once."""
+    with pytest.raises(TypeError, match=rf"  - {name}: ") as caught:
+        iq.TrainConfig(output_dir="runs", seeed=1, **{name: value})
+    assert re.search(message, str(caught.value))
+    assert "seeed: did you mean seed?" in str(caught.value)
+
+
+def test_the_table_of_other_names_names_ours():
+    """A renamed field or function would leave advice that leads nowhere; no field is in it."""
+    fields = {field.name for field in dataclasses.fields(iq.TrainConfig)}
+    assert not fields & OTHER_NAMES.keys()
+    ours = fields | set(dir(iq)) | {"eval_loss", "eval_rows", "on_log", "to_example"}
+    for other, text in OTHER_NAMES.items():
+        names = re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", text)
+        assert set(names) <= ours, other
+
+
+def test_the_signature_is_that_of_the_fields():
+    """Editors and notebooks show the settings, not *args and **values."""
+    signature = inspect.signature(iq.TrainConfig)
+    assert [*signature.parameters] == [f.name for f in dataclasses.fields(iq.TrainConfig)]
+    config = iq.TrainConfig(output_dir="runs")
+    assert dataclasses.replace(config, seed=1).seed == 1
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize("value", ["perceiver", None, 3, (1,)])
+def test_dead_parts_are_a_tuple(value):
+    """A string is no list of its letters."""
+    with pytest.raises(ValueError, match=r"allow_dead_parts=.*: expected a tuple of parts, such"):
+        iq.TrainConfig(output_dir="runs", allow_dead_parts=value)
+    iq.TrainConfig(output_dir="runs", allow_dead_parts=["perceiver"])

@@ -120,3 +120,43 @@ def test_bad_prompts_are_named(base, processor, prompts, message):
     """The error says which prompt."""
     with pytest.raises(ValueError, match=message):
         iq.generate(base, processor, prompts)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_return_sequences": 2, "do_sample": True},
+        {"num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+    ],
+)
+def test_there_is_one_text_per_prompt(base, processor, options):
+    """More texts than prompts would be taken for those of others; the way to have them is told."""
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value}: generate returns one text per prompt"):
+        iq.generate(base, processor, [["What?"], ["And?"]], **options)
+    texts = iq.generate(
+        base,
+        processor,
+        [["What?"], ["And?"]],
+        max_new_tokens=2,
+        num_return_sequences=1,
+        return_dict_in_generate=None,
+    )
+    assert len(texts) == 2
+
+
+def test_the_models_own_settings_change_no_numbers(base, processor):
+    """A checkpoint's generation_config may ask for what generate does not return."""
+    base.generation_config.return_dict_in_generate = True
+    base.generation_config.num_return_sequences = 2
+    base.generation_config.do_sample = True
+    assert len(iq.generate(base, processor, [["What?"], ["And?"]], max_new_tokens=2)) == 2
+
+
+@pytest.mark.parametrize("numbers", [{"batch_size": 0}, {"max_new_tokens": 0}])
+def test_numbers_are_checked(base, processor, numbers):
+    """The error names the argument."""
+    (name,) = numbers
+    with pytest.raises(ValueError, match=f"{name}=0: expected a whole number of at least 1"):
+        iq.generate(base, processor, [["What?"]], **numbers)
