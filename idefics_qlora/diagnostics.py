@@ -20,11 +20,12 @@ from torch.nn import Parameter
 from idefics_qlora import model as models
 from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.batches import IGNORE, Batch, Collator, Tokens
-from idefics_qlora.config import LossOn, check_whole
+from idefics_qlora.config import LossOn, TrainConfig, check_whole
 from idefics_qlora.examples import ToExample
 from idefics_qlora.generation import generate_from_tokens
 from idefics_qlora.images import write_png
 from idefics_qlora.loss import summed_cross_entropy
+from idefics_qlora.optim import lr_at
 from idefics_qlora.windows import RowReader, Rows, Window
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,37 @@ def unmoved_modules(parameters: Mapping[str, Parameter], before: Tensor) -> list
         module = module_of(name)
         modules[module] = modules.get(module, False) or has_moved
     return [name for name, has_moved in modules.items() if not has_moved]
+
+
+LEAST_PROGRESS = 1e-3
+"""Share of the loss; a run that cannot lower it by more has too small a learning rate."""
+
+
+def too_small_a_rate(
+    loss: float, grad_norm: float, numbers: int, config: TrainConfig, total_steps: int
+) -> str | None:
+    """What to say of a learning rate with which nothing moves; ``None`` if it is large enough.
+
+    A step of AdamW moves a number by about the learning rate. To first order a run therefore lowers
+    the loss by at most the sum of its rates times the gradient's L1 norm, and that is at most its
+    L2 norm times the root of how many numbers there are.
+
+    Args:
+        loss: Of the first step's window.
+        grad_norm: L2 norm of its whole gradient, before clipping.
+        numbers: Trainable ones.
+        config: Gives the learning rate.
+        total_steps: Optimizer steps of the run.
+    """
+    reach = sum(lr_at(step, total_steps, config) for step in range(total_steps))
+    progress = reach * grad_norm * numbers**0.5
+    if progress >= LEAST_PROGRESS * loss:
+        return None
+    return (
+        f"learning_rate={config.learning_rate:g} is so small that nothing moves: in {total_steps} "
+        f"steps no weight goes further than about {reach:.1g}, which lowers the loss of "
+        f"{loss:.4g} by {progress:.1g} at most; LoRA is mostly trained with 1e-5 to 1e-3"
+    )
 
 
 def check_labels(window: Window, collator: Collator, name: str = "train_rows") -> str:

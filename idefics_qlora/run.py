@@ -43,6 +43,7 @@ from idefics_qlora.diagnostics import (
     EvalSamples,
     check_labels,
     image_use,
+    too_small_a_rate,
     unmoved_modules,
     weight_marks,
 )
@@ -323,6 +324,14 @@ class Run:
         name = f"{self.inputs.reader.name}[{window.batch_rows[0]}]"  # the window's longest
         for kind, line in lengths.find(name, window.lengths[0], self.state.micro_batch_size):
             self.notices.warn(kind, f"{name}: {line}")
+
+    def check_rate(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Tell of a learning rate with which nothing moves; asked after the first step."""
+        numbers = sum(p.numel() for p in self._trainable.values())
+        measured = loss.item(), grad_norm.item()  # sync
+        said = too_small_a_rate(*measured, numbers, self.config, self.state.total_steps)
+        if said is not None:
+            self.notices.warn("learning_rate too small", said)
 
     def log(self, record: dict[str, Any]) -> None:
         """Add a record to the history, with the epoch and the step, and hand it out."""

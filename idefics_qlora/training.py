@@ -104,6 +104,8 @@ def train(
                     continue
 
                 progress.update()
+                if state.global_step == 1:
+                    run.check_rate(output.loss, output.grad_norm)
                 last = state.global_step == state.total_steps
                 if last or due(state.global_step, config.logging_steps):
                     loss = run.log_training(output.grad_norm, output.learning_rate)

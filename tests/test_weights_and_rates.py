@@ -98,3 +98,26 @@ def test_a_checkpoint_that_is_not_finite_is_named(base, processor, examples, tmp
     config = config_of(tmp_path / "bad", max_steps=4)
     with pytest.raises(ValueError, match=r"lora_.*bad/checkpoint-3 holds them: delete it"):
         iq.train(iq.add_lora(base), processor, examples, config=config)
+
+
+@pytest.mark.parametrize(
+    ("rate", "optim", "told"),
+    [(1e-10, "paged_adamw_8bit", True), (1e-8, "adamw_torch", True), (1e-5, "adamw_torch", False)],
+)
+def test_a_rate_with_which_nothing_moves_is_told(
+    lora, processor, examples, tmp_path, caplog, rate, optim, told
+):
+    """Once, after the first step, with the rate; and it is true: the loss does not move."""
+    config = config_of(
+        *(tmp_path,), max_steps=4, eval_steps=1, learning_rate=rate, optim=optim, augment=False
+    )
+    before = iq.evaluate(lora, processor, examples[:8])["eval_loss"]
+    result = iq.train(lora, processor, examples[:8], config=config)
+    after = iq.evaluate(lora, processor, examples[:8])["eval_loss"]
+    said = [text for text in caplog.messages if text.startswith("learning_rate=")]
+    assert len(said) == told
+    assert result.global_step == 4
+    if told:
+        assert f"learning_rate={rate:g} is so small that nothing moves: in 4 steps" in said[0]
+        assert abs(after - before) < 1e-3 * before
+    assert ("learning_rate too small" in caplog.text) == told
