@@ -154,8 +154,7 @@ def add_lora(
             "with an adapter, load_finetuned(..., trainable=True)"
         )
     model.requires_grad_(False)
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, model.device):
         return _attach(model, config)
 
 
@@ -298,6 +297,21 @@ def check_processor(processor: Any) -> None:
             f"processor is of type {type(processor).__name__}: expected the processor, the second "
             "of the two that load_model returns"
         )
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch's generators of the CPU and of ``device`` for this block.
+
+    Afterwards they are as they were; those of other devices are not touched, as
+    ``torch.manual_seed`` would.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def trainable_parameters(model: Model) -> dict[str, Parameter]:

@@ -205,7 +205,6 @@ class Run:
         self._on_log = on_log
         self._background = background
         clear_leftovers(self.folder)
-        torch.manual_seed(config.seed)  # dropout
         models.set_compute_dtype(model, models.DTYPES[config.precision])
         models.set_activation_checkpointing(model, config.gradient_checkpointing)
         self._trainable = models.trainable_parameters(model)

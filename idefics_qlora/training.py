@@ -51,6 +51,8 @@ def train(
 ) -> TrainResult:
     """Fine-tune the adapter of a model.
 
+    The global random generators are the caller's again when it is over, however it ends.
+
     Args:
         model: A base from ``load_model`` with an adapter from ``add_lora``. Its unquantised frozen
             parts are cast to ``config.precision``.
@@ -79,6 +81,7 @@ def train(
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="rotation") as background,
         StopSignals() as stop,
         guarded_children(),
+        models.seeded(config.seed, next(model.parameters()).device),  # dropout
     ):
         run = Run(inputs, folder, on_log, stop, background)
         state = run.state
