@@ -119,12 +119,12 @@ def save_checkpoint(
         _write(temporary / MANIFEST, [_json_bytes({"format": FORMAT, "files": files})])
         _sync_folder(temporary)
         replaced = folder.with_name(f".{folder.name}.replaced")
-        if folder.exists() and not (folder / MANIFEST).is_file():
-            folder.rename(folder.with_name(f"abandoned-{folder.name}"))  # not written by us
-        elif folder.exists():
+        if is_of_run(folder, snapshot.state.get("run")):
             # A kill between the two renames leaves `.replaced`, which the next start puts back.
             _remove(replaced)
             folder.rename(replaced)
+        elif os.path.lexists(folder):  # not written by this run, or not whole
+            logger.warning("%s was in the way and is %s now", folder, _set_aside(folder).name)
         temporary.rename(folder)
         _sync_folder(folder.parent)
         _remove(replaced)
@@ -148,6 +148,41 @@ def load_checkpoint(folder: Path) -> Snapshot:
         rng=load(contents[RNG]),
         state=json.loads(contents[STATE]),
     )
+
+
+def check_step(folder: Path, state: dict[str, Any]) -> None:
+    """See that a folder called ``checkpoint-N`` holds step N.
+
+    Raises:
+        CheckpointError: If it is a copy of another one, or a link to it.
+    """
+    promised, step = step_of(folder.name), state["global_step"]
+    if promised is not None and promised != step:
+        raise CheckpointError(
+            f"{folder} holds step {step}: a copy of another checkpoint, or a link to it; delete or "
+            "rename it"
+        )
+
+
+def check_run(folder: Path, state: dict[str, Any], run: str | None) -> None:
+    """See that a checkpoint is of a run; those of 0.1 know none and are taken for any.
+
+    Raises:
+        CheckpointError: If it is of another run.
+    """
+    if state.get("run") not in (None, run):
+        raise CheckpointError(f"{folder} is of another run ({state['run']}, not {run})")
+
+
+def is_of_run(folder: Path, run: str | None) -> bool:
+    """Whether a checkpoint, as far as its state tells, was written by a run; if in doubt, not."""
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+        check_step(folder, state)
+        check_run(folder, state, run)
+        return (folder / MANIFEST).is_file()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def load_adapter_files(
@@ -207,14 +242,15 @@ def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
 def latest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     """The newest complete checkpoint of a run, or ``None``.
 
-    A damaged one is reported through ``logging`` and passed over.
+    A damaged one, and one that holds another step than its name says, is reported through
+    ``logging`` and passed over.
 
     Args:
         output_dir: The run's ``output_dir``.
     """
     for folder in reversed(checkpoints(output_dir)):
         try:
-            _verified(folder)
+            check_step(folder, json.loads(_verified(folder)[STATE]))
         except CheckpointError as error:
             logger.warning("passed over: %s", error)
         else:
@@ -223,11 +259,15 @@ def latest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def rotate(
-    output_dir: Path, keep: int | None, protected: set[int | None], background: Executor
+    output_dir: Path,
+    keep: int | None,
+    protected: set[int | None],
+    run: str | None,
+    background: Executor,
 ) -> None:
-    """Delete the oldest checkpoints of this library until ``keep`` are left.
+    """Delete the oldest checkpoints of a run until ``keep`` are left.
 
-    A folder without a manifest of ours is never touched. A
+    What another run or another program wrote is never touched. A
     checkpoint loses its name at once and its files in the background; a deletion that fails is
     reported, and the files stay until the next start.
 
@@ -235,11 +275,12 @@ def rotate(
         output_dir: The run's folder.
         keep: Checkpoints to keep; ``None`` for all.
         protected: Steps whose checkpoints stay in any case: that just written, and the best.
+        run: The run's id.
         background: Runs the deletions.
     """
     if keep is None:
         return
-    ours = [folder for folder in checkpoints(output_dir) if (folder / MANIFEST).is_file()]
+    ours = [folder for folder in checkpoints(output_dir) if is_of_run(folder, run)]
     surplus = len(ours) - keep
     old = [folder for folder in ours if step_of(folder.name) not in protected]
     for folder in old[: max(0, surplus)]:
@@ -258,10 +299,19 @@ def set_aside(output_dir: Path, step: int) -> None:
     for folder in reversed(checkpoints(output_dir)):  # the newest first, should this be cut short
         there = step_of(folder.name)
         if there is not None and there > step and (folder / MANIFEST).is_file():
-            aside = folder.with_name(f"abandoned-{folder.name}")
-            _remove(aside)
-            folder.rename(aside)
+            aside = _set_aside(folder)
             logger.warning("%s is now %s: the run goes on from step %d", folder, aside.name, step)
+
+
+def _set_aside(path: Path) -> Path:
+    """Give what is in the way another name, one that is free."""
+    aside = path.with_name(f"abandoned-{path.name}")
+    number = 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"abandoned-{path.name}-{number}")
+    path.rename(aside)
+    return aside
 
 
 def _remove(folder: Path) -> None:

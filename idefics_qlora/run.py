@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,13 @@ from idefics_qlora.batches import Collator
 from idefics_qlora.checkpoint import (
     MANIFEST,
     CheckpointError,
+    Snapshot,
+    check_run,
+    check_step,
     checkpoint_path,
     checkpoints,
     clear_leftovers,
+    is_of_run,
     latest_checkpoint,
     load_checkpoint,
     resolved,
@@ -53,7 +56,7 @@ from idefics_qlora.faults import BadRows, StopSignals, first_nonfinite_module
 from idefics_qlora.loading import LoaderError, Loading
 from idefics_qlora.notices import Notices
 from idefics_qlora.optim import make_optimizer
-from idefics_qlora.state import TrainState, restore_rng, rng_tensors
+from idefics_qlora.state import TrainState, new_run, restore_rng, rng_tensors
 from idefics_qlora.windows import (
     EvalBatches,
     Fingerprint,
@@ -226,12 +229,13 @@ class Run:
         )
         way_out = "make the adapter anew with add_lora, or load it from a checkpoint that is sound"
         if (checkpoint := _resume_from(config, folder)) is not None:
-            self.state.restore(load_checkpoint(checkpoint), checkpoint)
+            snapshot = load_checkpoint(checkpoint)
+            check_step(checkpoint, snapshot.state)
+            self.state.restore(snapshot, checkpoint)
             way_out = f"{checkpoint} holds them: delete it, or resume from an earlier one"
         models.check_finite(self._trainable, way_out)
         if checkpoint is not None:
-            set_aside(self.folder, self.state.global_step)
-            self._bring_best(checkpoint.parent)
+            self._take_over(checkpoint.parent)
             logger.info("resumed from %s at step %d", checkpoint, self.state.global_step)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -267,22 +271,43 @@ class Run:
         if self.state.best_step is None:
             return None
         best = checkpoint_path(self.folder, self.state.best_step)
-        return best if best.is_dir() else None
+        return best if is_of_run(best, self.state.run) else None
 
-    def _bring_best(self, origin: Path) -> None:
-        """Copy the best checkpoint so far, if the run was continued from another folder."""
+    def _take_over(self, origin: Path) -> None:
+        """Make the folder that of the run as it was at the step from which it goes on.
+
+        In another folder it is another run from there on, with a copy of the best so far.
+
+        Args:
+            origin: The folder of the checkpoint from which the run goes on.
+        """
         state = self.state
-        if state.best_step is None:
-            return
-        theirs = checkpoint_path(origin, state.best_step)
-        ours = checkpoint_path(self.folder, state.best_step)
-        if not theirs.is_dir():
-            logger.warning("the best checkpoint so far, %s, is gone", theirs)
-            state.best_step = state.best_metric = None
-        elif not ours.exists():
-            temporary = self.folder / f".{ours.name}.incomplete"
-            shutil.copytree(theirs, temporary)
-            temporary.rename(ours)
+        set_aside(self.folder, state.global_step)
+        best = None if state.best_step is None else checkpoint_path(origin, state.best_step)
+        if best is not None:
+            try:
+                snapshot = self._checked(best)
+            except CheckpointError as error:
+                logger.warning("the best checkpoint so far is forgotten: %s", error)
+                best = state.best_step = state.best_metric = None
+        if origin != self.folder:
+            state.run = new_run()
+            if best is not None:
+                copied = replace(snapshot, state={**snapshot.state, "run": state.run})
+                save_checkpoint(self.folder / best.name, copied)
+        others = [f.name for f in checkpoints(self.folder) if not is_of_run(f, state.run)]
+        if others:
+            names = ", ".join(others)
+            logger.warning(
+                "not of this run, or damaged, and left alone in %s: %s", *(self.folder, names)
+            )
+
+    def _checked(self, checkpoint: Path) -> Snapshot:
+        """A checkpoint of this run, verified."""
+        snapshot = load_checkpoint(checkpoint)
+        check_step(checkpoint, snapshot.state)
+        check_run(checkpoint, snapshot.state, self.state.run)
+        return snapshot
 
     def windows(self) -> Loading[Window]:
         """The windows from the state's next one on."""
@@ -436,7 +461,8 @@ class Run:
         else:
             self._saved_step = state.global_step
             protected = {state.global_step, state.best_step}
-            rotate(self.folder, self.config.save_total_limit, protected, self._background)
+            keep = self.config.save_total_limit
+            rotate(self.folder, keep, protected, state.run, self._background)
 
     def save_if_new(self) -> None:
         """Save, unless the last step is saved already: the windows since then are only replayed."""
@@ -498,6 +524,18 @@ class Run:
             f"resume={str(folder)!r} does the window again"
         )
 
+    def _load_best(self) -> None:
+        state = self.state
+        if state.best_step is None:
+            logger.warning("there is no best checkpoint (any more): the last adapter stays")
+            return
+        best = checkpoint_path(self.folder, state.best_step)
+        try:
+            models.load_adapter(self.inputs.model, self._checked(best).adapter, str(best))
+        except CheckpointError as error:
+            logger.error("the last adapter stays, not the best: %s", error)
+            state.best_step = state.best_metric = None
+
     def epoch(self) -> float:
         """Passes over the training rows so far; of a stream, those that are complete."""
         if self.inputs.reader.is_stream:
@@ -517,7 +555,7 @@ class Run:
         metrics = _metrics(state, self.epoch())
         finished = state.global_step >= state.total_steps
         if finished and self.config.load_best_model_at_end:
-            _load_best(model, self.best_checkpoint)
+            self._load_best()
         model.eval()
         if summary := str(self.notices):
             logger.warning("%s", summary)
@@ -587,16 +625,6 @@ def _endless_overflow(state: TrainState) -> FloatingPointError:
         f"{state.global_step}): set precision='bf16' (on an Ampere GPU or newer) or 'fp32' and "
         "start again, which goes on from the newest checkpoint, or lower learning_rate"
     )
-
-
-def _load_best(model: PeftModel, best: Path | None) -> None:
-    if best is None:
-        logger.warning("there is no best checkpoint (any more): the last adapter stays")
-        return
-    try:
-        models.load_adapter(model, load_checkpoint(best).adapter, str(best))
-    except CheckpointError as error:
-        logger.error("the best checkpoint is damaged (%s): the last adapter stays", error)
 
 
 def _resume_from(config: TrainConfig, output_dir: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ FREE_FIELDS = frozenset(
 """Settings that do not change the mathematics of a step; a resumed run may change them."""
 
 
+def new_run() -> str:
+    """An id for a run; no generator that training uses is touched."""
+    return secrets.token_hex(8)
+
+
 @dataclass
 class TrainState:
     """Everything that changes during a run."""
@@ -58,6 +64,8 @@ class TrainState:
     config: TrainConfig
     total_steps: int
     device: torch.device
+    run: str = field(default_factory=new_run)
+    """The run's id, drawn at its start; all its checkpoints have it."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Fingerprints of ``base``, ``train_rows`` and ``eval_rows``."""
     global_step: int = 0
@@ -131,6 +139,7 @@ class TrainState:
             optimizer=tensors,
             rng=rng_tensors(self.device) if rng is None else rng,
             state={
+                "run": self.run,
                 **{name: getattr(self, name) for name in _COUNTERS},
                 "best_checkpoint": best,
                 "unlogged_loss": self.unlogged_loss.item(),  # sync
@@ -166,6 +175,7 @@ class TrainState:
         if state["config"]["micro_batch_size"] != self.config.micro_batch_size:
             self.micro_batch_size, self.growing = micro_batch
         self.unlogged_loss.fill_(state["unlogged_loss"])
+        self.run = state.get("run", self.run)  # 0.1 had none
         best = state["best_checkpoint"]
         self.best_step = None if best is None else step_of(best)
         restore_rng(snapshot.rng, self.device)

@@ -1,6 +1,7 @@
 """Checkpoints on disk: whole or not at all, verified, rotated."""
 
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,26 +22,27 @@ from idefics_qlora.checkpoint import (
 from idefics_qlora.checkpoint import save_checkpoint as save
 
 
-def snapshot(value: float = 1.0) -> Snapshot:
+def snapshot(step: int, value: float = 1.0, run: str | None = None) -> Snapshot:
     return Snapshot(
         adapter={"a": torch.full((3, 2), value), "b": torch.arange(4.0)},
         adapter_config={"peft_type": "LORA"},
         optimizer={"a::state1": torch.arange(6, dtype=torch.uint8)},
         rng={"cpu": torch.get_rng_state()},
-        state={"global_step": 3, "scaler": {"scale": 65536.0}},
+        state={"global_step": step, "scaler": {"scale": 65536.0}}
+        | ({} if run is None else {"run": run}),
     )
 
 
-def save_checkpoint(output_dir, step, content):
+def save_checkpoint(output_dir, step, value=1.0, run=None):
     folder = output_dir / f"checkpoint-{step}"
-    save(folder, content)
+    save(folder, snapshot(step, value, run))
     return folder
 
 
 def test_what_is_saved_comes_back(tmp_path):
     """Tensors to the bit, values as they were."""
-    saved = snapshot()
-    folder = save_checkpoint(tmp_path, 3, saved)
+    saved = snapshot(3)
+    folder = save_checkpoint(tmp_path, 3)
     assert folder == tmp_path / "checkpoint-3"
     loaded = load_checkpoint(folder)
     assert loaded.state == saved.state
@@ -61,7 +63,7 @@ def test_a_file_is_what_the_library_would_write(tmp_path):
     tensors["transposed"] = torch.arange(6.0).reshape(2, 3).T
     tensors["same"] = tensors["also"] = torch.ones(3, requires_grad=True)
     alone = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    save(tmp_path / "checkpoint-1", replace(snapshot(), adapter=tensors), extra=tensors)
+    save(tmp_path / "checkpoint-1", replace(snapshot(1), adapter=tensors), extra=tensors)
     for name, metadata in (("adapter_model", {"format": "pt"}), ("extra", None)):
         written = (tmp_path / "checkpoint-1" / f"{name}.safetensors").read_bytes()
         assert written == safetensors.torch.save(alone, metadata)
@@ -69,7 +71,7 @@ def test_a_file_is_what_the_library_would_write(tmp_path):
 
 def test_nothing_is_pickled(tmp_path):
     """A checkpoint from somebody else runs no code when it is read."""
-    folder = save_checkpoint(tmp_path, 1, snapshot())
+    folder = save_checkpoint(tmp_path, 1)
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -86,8 +88,8 @@ def test_nothing_is_pickled(tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
 def test_damage_is_found_and_passed_over(tmp_path, name, damage, caplog):
     """One flipped bit, a short or a missing file: reported, and the checkpoint before is used."""
-    save_checkpoint(tmp_path, 1, snapshot())
-    folder = save_checkpoint(tmp_path, 2, snapshot())
+    save_checkpoint(tmp_path, 1)
+    folder = save_checkpoint(tmp_path, 2)
     content = bytearray((folder / name).read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 0x80
@@ -111,7 +113,7 @@ def test_no_checkpoint_is_none(tmp_path):
 def test_steps_are_numbers_not_words(tmp_path):
     """checkpoint-10 is newer than checkpoint-9."""
     for step in (9, 10):
-        save_checkpoint(tmp_path, step, snapshot())
+        save_checkpoint(tmp_path, step)
     assert iq.latest_checkpoint(tmp_path).name == "checkpoint-10"
 
 
@@ -124,9 +126,9 @@ def test_an_incomplete_save_leaves_no_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.rename", dies)
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path, 1, snapshot())
+            save_checkpoint(tmp_path, 1)
     assert iq.latest_checkpoint(tmp_path) is None
-    save_checkpoint(tmp_path, 1, snapshot())
+    save_checkpoint(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
@@ -143,33 +145,72 @@ def names(folder):
 def test_rotation_keeps_the_newest_and_the_best(tmp_path, background):
     """The oldest go first; best, newest and folders of others stay."""
     for step in (1, 2, 3, 4):
-        save_checkpoint(tmp_path, step, snapshot())
+        save_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-0").mkdir()  # not ours: it has no manifest
-    rotate(tmp_path, None, set(), background)
+    rotate(tmp_path, None, set(), None, background)
     assert len(names(tmp_path)) == 5
-    rotate(tmp_path, 2, {1, 4}, background)
+    rotate(tmp_path, 2, {1, 4}, None, background)
     background.submit(int).result()  # the deletions before it are done
     assert names(tmp_path) == ["checkpoint-0", "checkpoint-1", "checkpoint-4"]
-    rotate(tmp_path, 1, {1, 4}, background)
+    rotate(tmp_path, 1, {1, 4}, None, background)
     assert names(tmp_path) == ["checkpoint-0", "checkpoint-1", "checkpoint-4"]
+
+
+def test_rotation_leaves_other_runs_alone(tmp_path, background):
+    """Another run's checkpoint, and a copy under another step's name, are neither counted nor
+    deleted; one of 0.1 has no run and is."""
+    save_checkpoint(tmp_path, 1, run="other")
+    for step, run in ((2, None), (3, "ours"), (4, "ours")):
+        save_checkpoint(tmp_path, step, run=run)
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-5")
+    rotate(tmp_path, 2, {4}, "ours", background)
+    assert {"checkpoint-1", "checkpoint-3", "checkpoint-4", "checkpoint-5"} <= set(names(tmp_path))
+    assert "checkpoint-2" not in names(tmp_path)
+
+
+def test_a_save_replaces_its_own_run_only(tmp_path, caplog):
+    """What another run wrote under the same name is renamed, each time to a free name."""
+    for run in ("first", "second", "third", "third"):
+        save_checkpoint(tmp_path, 1, run=run)
+    runs = {
+        folder.name: load_checkpoint(folder).state["run"] for folder in sorted(tmp_path.iterdir())
+    }
+    assert runs == {
+        "abandoned-checkpoint-1": "first",
+        "abandoned-checkpoint-1-2": "second",
+        "checkpoint-1": "third",
+    }
+    assert "checkpoint-1 was in the way and is abandoned-checkpoint-1-2 now" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["copy", "link"])
+def test_a_checkpoint_of_another_step_is_passed_over(tmp_path, how, caplog):
+    """The name promises a step: a copy of an older checkpoint is not the newest."""
+    older = save_checkpoint(tmp_path, 2)
+    if how == "copy":
+        shutil.copytree(older, tmp_path / "checkpoint-7")
+    else:
+        (tmp_path / "checkpoint-7").symlink_to(older)
+    assert iq.latest_checkpoint(tmp_path) == older
+    assert "checkpoint-7 holds step 2" in caplog.text
 
 
 def test_a_deletion_that_fails_is_survived(tmp_path, background, caplog, monkeypatch):
     """Whether the rename or the removal is refused, the run goes on and says which folder stays."""
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, snapshot())
+        save_checkpoint(tmp_path, step)
 
     def refuse(*_, **__):
         raise PermissionError(1, "Operation not permitted")
 
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.rename", refuse)
-        rotate(tmp_path, 1, {3}, background)
+        rotate(tmp_path, 1, {3}, None, background)
     assert "checkpoint-1 cannot be deleted" in caplog.text
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", refuse)
-        rotate(tmp_path, 2, set(), background)
+        rotate(tmp_path, 2, set(), None, background)
         background.submit(int).result()
     assert ".checkpoint-1.deleted cannot be deleted" in caplog.text
     assert names(tmp_path) == [".checkpoint-1.deleted", "checkpoint-2", "checkpoint-3"]
@@ -180,24 +221,25 @@ def test_a_deletion_that_fails_is_survived(tmp_path, background, caplog, monkeyp
 def test_going_back_sets_newer_checkpoints_aside(tmp_path):
     """A run that goes on from an older checkpoint is not mixed up with what it had become."""
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, snapshot())
+        save_checkpoint(tmp_path, step)
     set_aside(tmp_path, 2)
     assert names(tmp_path) == ["abandoned-checkpoint-3", "checkpoint-1", "checkpoint-2"]
 
 
 def test_a_damaged_checkpoint_is_replaced(tmp_path):
-    """A run that went back to an older checkpoint can save over the damaged one."""
-    folder = save_checkpoint(tmp_path, 1, snapshot())
+    """A run that went back to an older checkpoint can save in the place of the damaged one, which
+    stays: what is wrong with it may pass."""
+    folder = save_checkpoint(tmp_path, 1)
     (folder / "state.json").unlink()
-    save_checkpoint(tmp_path, 1, snapshot(2.0))
+    save_checkpoint(tmp_path, 1, 2.0)
     assert load_checkpoint(folder).adapter["a"][0, 0] == 2.0
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert names(tmp_path) == ["abandoned-checkpoint-1", "checkpoint-1"]
 
 
 def test_no_flipped_bit_of_a_manifest_is_anything_but_damage(tmp_path):
     """Whatever a manifest has become, it is passed over or says the same; nothing is raised."""
-    save_checkpoint(tmp_path, 1, snapshot())
-    folder = save_checkpoint(tmp_path, 2, snapshot())
+    save_checkpoint(tmp_path, 1)
+    folder = save_checkpoint(tmp_path, 2)
     whole = (folder / "manifest.json").read_bytes()
     for bit in range(0, 8 * len(whole), 7):
         content = bytearray(whole)
@@ -220,7 +262,7 @@ def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypa
     monkeypatch.setattr(
         Path, "rename", lambda path, to: events.append("rename") or real_rename(path, to)
     )
-    folder = save_checkpoint(tmp_path, 1, snapshot())
+    folder = save_checkpoint(tmp_path, 1)
     hidden = str(tmp_path / ".checkpoint-1.incomplete")
     place = events.index("rename")
     assert {f"{hidden}/{path.name}" for path in folder.iterdir()} == set(events[: place - 1])
@@ -230,10 +272,10 @@ def test_files_are_on_the_disk_before_the_folder_has_its_name(tmp_path, monkeypa
 
 def test_a_kill_while_replacing_loses_neither(tmp_path):
     """The old checkpoint that had lost its name gets it back; a finished replacement stays."""
-    folder = save_checkpoint(tmp_path, 1, snapshot())
+    folder = save_checkpoint(tmp_path, 1)
     folder.rename(tmp_path / ".checkpoint-1.replaced")
     clear_leftovers(tmp_path)
-    assert load_checkpoint(folder).state["global_step"] == 3
+    assert load_checkpoint(folder).state["global_step"] == 1
     (tmp_path / ".failed-window-3.incomplete").mkdir()
     clear_leftovers(tmp_path)
     assert names(tmp_path) == ["checkpoint-1"]
@@ -243,5 +285,5 @@ def test_what_others_wrote_is_not_deleted(tmp_path):
     """A folder of another program in the way of a save is renamed."""
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "precious").write_text("x")
-    save_checkpoint(tmp_path, 1, snapshot())
+    save_checkpoint(tmp_path, 1)
     assert (tmp_path / "abandoned-checkpoint-1" / "precious").read_text() == "x"

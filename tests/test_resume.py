@@ -69,6 +69,7 @@ def content(folder):
     snapshot = load_checkpoint(folder)
     state = json.loads(json.dumps(snapshot.state))
     state["config"] = {k: v for k, v in state["config"].items() if k not in RUN_ONLY}
+    state.pop("run")
     for record in [state, *state["log_history"]]:
         for clock in CLOCKS:
             record.pop(clock, None)
