@@ -22,6 +22,7 @@ from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.batches import IGNORE, Batch, Collator, Tokens
 from idefics_qlora.config import LossOn, TrainConfig, check_whole
 from idefics_qlora.examples import ToExample
+from idefics_qlora.faults import advising
 from idefics_qlora.generation import generate_from_tokens
 from idefics_qlora.images import write_png
 from idefics_qlora.loss import summed_cross_entropy
@@ -329,10 +330,11 @@ def image_use(
     tokens = [row_tokens for _, row_tokens, _ in read]
     own = [pixels for *_, pixels in read]
     pictures = {"own": own, "another": _exchanged(own, rng), "blank": _blank(own, collator)}
-    losses = {
-        kind: _losses(model, collator, tokens, shown, batch_size)
-        for kind, shown in pictures.items()
-    }  # each (rows, 2): summed loss and number of targets
+    with advising("the comparison of pictures", batch_size=batch_size):
+        losses = {
+            kind: _losses(model, collator, tokens, shown, batch_size)
+            for kind, shown in pictures.items()
+        }  # each (rows, 2): summed loss and number of targets
     counts = losses["own"][:, 1]
     draws = rng.integers(len(read), size=(2000, len(read)))
 

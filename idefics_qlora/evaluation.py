@@ -12,7 +12,7 @@ from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.batches import Collator
 from idefics_qlora.config import LossOn, OnBadRow, check_whole
 from idefics_qlora.examples import ToExample
-from idefics_qlora.faults import BadRows
+from idefics_qlora.faults import BadRows, advising
 from idefics_qlora.loading import Loading
 from idefics_qlora.loss import summed_cross_entropy
 from idefics_qlora.windows import EvalBatches, RowReader, Rows, Window
@@ -60,6 +60,8 @@ def evaluate(
         TypeError: If model and processor are swapped.
         ValueError: If there are no rows, or a row is bad and ``on_bad_row`` says so, or more than
             5 % are.
+        torch.OutOfMemoryError: If the GPU's memory does not suffice; the message says what to
+            lower.
     """
     models.check_model_and_processor(model, processor)
     collator = Collator(processor, loss_on, models.num_embeddings(model), max_length, access)
@@ -67,7 +69,8 @@ def evaluate(
     batches = EvalBatches(RowReader(rows, "rows", to_example, collator), batch_size)
     device = next(model.parameters()).device
     loading = Loading(batches, num_workers=num_workers, pin=device.type == "cuda")
-    return mean_loss(model, loading, device, BadRows(on_bad_row))
+    with advising("the evaluation", batch_size=batch_size):
+        return mean_loss(model, loading, device, BadRows(on_bad_row))
 
 
 def mean_loss(

@@ -374,8 +374,8 @@ def naming_row(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error} is missing (a column of the row?)") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-    except MemoryError:
-        raise
+    except MemoryError as error:  # the machine's fault, not the row's
+        raise MemoryError(f"{where}: {str(error) or 'no memory left'}") from error
     # A `datasets.Image` column decodes when the row is asked for, where Pillow raises nearly
     # anything; and a user's `to_example` may stumble over a row in any way.
     except Exception as error:

@@ -12,6 +12,7 @@ from idefics_qlora.batches import AROUND_IMAGE, IMAGE_TOKEN, Collator, Tokens, e
 from idefics_qlora.checks import text_findings
 from idefics_qlora.config import check_whole
 from idefics_qlora.examples import PromptItem, as_prompt, naming_row
+from idefics_qlora.faults import advising
 from idefics_qlora.model import (
     Model,
     Processor,
@@ -60,6 +61,8 @@ def generate(
         TypeError: If model and processor are swapped.
         ValueError: If a prompt is not valid; the message names it (``BadImage`` for an image). If
             an option asks for something else than one text per prompt.
+        torch.OutOfMemoryError: If the GPU's memory does not suffice; the message says what to
+            lower.
     """
     check_model_and_processor(model, processor)
     check_whole(max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -129,9 +132,13 @@ def generate_from_tokens(
     texts: list[str] = []
     for start in range(0, len(tokens), batch_size):
         part = slice(start, start + batch_size)
-        batch = collator.collate(tokens[part], pixels[part], padding_side="left").to(device)
-        with evaluation_mode(model):
-            ids = model.generate(**batch.inputs(), max_new_tokens=max_new_tokens, **options)
+        batch = collator.collate(tokens[part], pixels[part], padding_side="left")
+        with (
+            advising("generating", batch_size=batch_size, max_new_tokens=max_new_tokens),
+            evaluation_mode(model),
+        ):
+            inputs = batch.to(device).inputs()
+            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
         if not return_full_text:
             ids = ids[:, batch.input_ids.shape[1] :]
         texts += tokenizer.batch_decode(ids, skip_special_tokens=True)

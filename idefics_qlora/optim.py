@@ -63,6 +63,41 @@ def make_optimizer(parameters: Iterable[Parameter], config: TrainConfig) -> torc
     return optimizer
 
 
+def allocate_states(optimizer: Any) -> None:
+    """Make all states now, as the first step would make them.
+
+    Left to the step they are made parameter by parameter, and running out of memory between two of
+    them leaves half an update.
+
+    Args:
+        optimizer: As :func:`make_optimizer` gave it; states that are there, loaded ones, stay.
+    """
+    of_torch = isinstance(optimizer, torch.optim.AdamW)
+    if not of_torch:
+        optimizer.to_gpu()  # loaded states, otherwise moved in the first step
+    for g, group in enumerate(optimizer.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            if optimizer.state[parameter]:
+                continue
+            if of_torch:
+                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+            else:
+                optimizer.init_state(group, parameter, g, i)
+
+
+def reserve_update(optimizer: Any) -> None:
+    """Have what a step needs for a moment, so that it cannot run out half-way.
+
+    On a GPU, PyTorch's AdamW takes the root of a state for all parameters at once; what is freed
+    here stays with the process and has the right sizes. bitsandbytes works in place.
+    """
+    if isinstance(optimizer, torch.optim.AdamW):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if parameters[0].device.type == "cuda":
+            _ = [torch.empty_like(p) for p in parameters]
+
+
 def optimizer_state(
     optimizer: torch.optim.Optimizer, names: dict[Parameter, str]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:

@@ -52,10 +52,16 @@ from idefics_qlora.diagnostics import (
 )
 from idefics_qlora.evaluation import mean_loss
 from idefics_qlora.examples import ToExample
-from idefics_qlora.faults import BadRows, StopSignals, first_nonfinite_module
+from idefics_qlora.faults import (
+    BadRows,
+    StopSignals,
+    advising,
+    first_nonfinite_module,
+    with_words,
+)
 from idefics_qlora.loading import LoaderError, Loading
 from idefics_qlora.notices import Notices
-from idefics_qlora.optim import make_optimizer
+from idefics_qlora.optim import allocate_states, make_optimizer
 from idefics_qlora.state import TrainState, new_run, restore_rng, rng_tensors
 from idefics_qlora.windows import (
     EvalBatches,
@@ -237,6 +243,10 @@ class Run:
         if checkpoint is not None:
             self._take_over(checkpoint.parent)
             logger.info("resumed from %s at step %d", checkpoint, self.state.global_step)
+        smaller = "use optim='paged_adamw_8bit' or adapters of a lower rank"
+        with advising("the optimizer's state", otherwise=smaller):
+            allocate_states(self.state.optimizer)
+        self.state.optimizer.zero_grad(set_to_none=True)  # a failed run may have left some
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._first_step = self._saved_step = self.state.global_step
@@ -318,6 +328,7 @@ class Run:
 
         Raises:
             LoaderError: If a loader worker is lost; the message names the rows it may have read.
+            MemoryError: If there is none left for a row; the message names it.
             ValueError: If too many rows are bad, or labels are wrong.
         """
         state = self.state
@@ -328,13 +339,18 @@ class Run:
             num_bad = state.num_bad_rows + len(window.bad)
             num_seen = state.num_seen + len(window.rows) + len(window.bad)
             self._bad_rows.check_share(num_bad, num_seen, ROWS_CHECKED)
-        except (LoaderError, ValueError) as error:
-            self.save_if_new()
-            if isinstance(error, LoaderError) and isinstance(self._windows, Windows):
-                rows = sorted({row for w in error.items for _, row in self._windows.positions(w)})
-                message = f"{error}; it was reading one of the rows {rows}"
-                raise LoaderError(message, error.items) from error
+        except ValueError:  # it names its row
+            self._keep()
             raise
+        except LoaderError as error:
+            self._keep()
+            raise LoaderError(f"{error}{self._reading(error.items)}", error.items) from error
+        except Exception as error:
+            words = f"in window {windows.number}"
+            words += self._reading(range(windows.number, windows.number + 1))
+            if isinstance(error, MemoryError):
+                words += f"; free memory, or use fewer num_workers (now {self.config.num_workers})"
+            raise with_words(error, f"{words}; {self._keep()}") from error
         if not self._labels_checked:
             logger.info("%s", check_labels(window, self.inputs.reader.collator))
             self._labels_checked = True
@@ -356,6 +372,12 @@ class Run:
         said = too_small_a_rate(*measured, numbers, self.config, self.state.total_steps)
         if said is not None:
             self.notices.warn("learning_rate too small", said)
+
+    def _reading(self, items: range) -> str:
+        if not isinstance(self._windows, Windows):
+            return ""
+        rows = sorted({row for window in items for _, row in self._windows.positions(window)})
+        return f"; it was reading one of the rows {rows}"
 
     def log(self, record: dict[str, Any]) -> None:
         """Add a record to the history, with the epoch and the step, and hand it out."""
@@ -391,8 +413,10 @@ class Run:
 
     def evaluate(self) -> float:
         """Log an evaluation; returns its loss. Should it fail, the step is saved first."""
+        what = f"the evaluation after step {self.state.global_step}"
         try:
-            return self._evaluate()
+            with advising(what, eval_batch_size=self.config.eval_batch_size):
+                return self._evaluate()
         except Exception:
             self.save_if_new()
             raise
@@ -469,6 +493,42 @@ class Run:
         if self.state.global_step != self._saved_step:
             self.save()
 
+    def _keep(self, rng: dict[str, Tensor] | None = None) -> str:
+        """Save what was learnt before a failure, which no second one may hide; tells of it.
+
+        Args:
+            rng: Random states to put back first.
+        """
+        state = self.state
+        try:
+            if rng is not None:
+                restore_rng(rng, state.device)
+            self.save_if_new()
+        except Exception as error:  # a full disk, a device that is lost
+            logger.error("step %d could not be saved: %s", state.global_step, error)
+            return f"the state before it could not be saved ({type(error).__name__}: {error})"
+        if state.global_step != self._saved_step:
+            return "the state before it could not be saved, as the log says"
+        return f"the state before it (step {state.global_step}) is kept: a new start does it again"
+
+    def failed(self, window: Window, error: Exception) -> str:
+        """Save the state before a window whose step failed; tells of it, and of the window."""
+        state = self.state
+        if isinstance(error, FloatingPointError):
+            return self.dump(window)
+        where = f"in window {state.window} (rows {list(window.rows)})"
+        if type(error) is torch.OutOfMemoryError:  # in the update, or before the forward pass
+            where += (
+                f"; set gradient_checkpointing=True, lower micro_batch_size (now "
+                f"{state.micro_batch_size}), or free the GPU from other processes"
+            )
+        if state.half_updated:
+            return (
+                f"{where}; its update broke off half-way, so the state is not saved: a new start "
+                f"goes on from step {self._saved_step}"
+            )
+        return f"{where}; {self._keep(state.window_rng)}"
+
     def report_skip(self, window: Window) -> None:
         """Tell of a window whose fp16 gradients overflowed.
 
@@ -495,10 +555,15 @@ class Run:
         state = self.state
         rng = rng_tensors(state.device)
         restore_rng(state.window_rng, state.device)
-        with models.autocast(state.device, models.DTYPES[self.config.precision]):
-            batches = window.to(state.device).micro_batches(state.micro_batch_size)
-            state.first_nonfinite_module = first_nonfinite_module(state.model, batches)
-        restore_rng(rng, state.device)
+        try:
+            with models.autocast(state.device, models.DTYPES[self.config.precision]):
+                batches = window.to(state.device).micro_batches(state.micro_batch_size)
+                state.first_nonfinite_module = first_nonfinite_module(state.model, batches)
+        except Exception as error:  # an explanation must not end a run
+            logger.warning("where it overflowed cannot be told: %s", error)
+            return
+        finally:
+            restore_rng(rng, state.device)
         if state.first_nonfinite_module is None:
             logger.warning(
                 "its forward pass is finite: the loss scale was too large, as is usual at first"

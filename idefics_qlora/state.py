@@ -105,6 +105,8 @@ class TrainState:
     """Which adapters the first gradient reached (of this process's part of the run)."""
     window_rng: dict[str, Tensor] = field(default_factory=dict)
     """The random states before the last window."""
+    half_updated: bool = False
+    """Whether a step is between its first change of a weight and its last change of a counter."""
 
     @property
     def num_seen(self) -> int:

@@ -24,11 +24,11 @@ from idefics_qlora.checkpoint import resolved
 from idefics_qlora.config import TrainConfig
 from idefics_qlora.diagnostics import check_coverage, gradient_coverage
 from idefics_qlora.examples import ToExample
-from idefics_qlora.faults import RunLock, StopSignals
+from idefics_qlora.faults import RunLock, StopSignals, with_words
 from idefics_qlora.loading import guarded_children
 from idefics_qlora.loss import summed_cross_entropy
 from idefics_qlora.memory import estimate_memory
-from idefics_qlora.optim import lr_at
+from idefics_qlora.optim import lr_at, reserve_update
 from idefics_qlora.run import Run, TrainResult, check_inputs
 from idefics_qlora.state import TrainState, restore_rng, rng_tensors
 from idefics_qlora.windows import Rows, Window
@@ -95,11 +95,8 @@ def train(
                 window = run.next_window(windows)
                 try:
                     output = train_step(state, window)
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"{error}; {run.dump(window)}") from error
-                except WindowTooLarge:
-                    run.save_if_new()
-                    raise
+                except Exception as error:
+                    raise with_words(error, run.failed(window, error)) from error
                 if output is None:  # every row of the window was bad
                     continue
                 if output.skipped:
@@ -144,6 +141,8 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
     """One optimizer step over one window; ``None`` if all its rows were bad.
 
     A window for which the GPU's memory does not suffice is done again with half the micro-batch.
+    Whatever is raised, the weights, the optimizer and the counters are those before the window, and
+    ``state.window_rng`` has its random states, unless ``state.half_updated`` says otherwise.
 
     Raises:
         FloatingPointError: If the loss or the gradient is not finite in bf16 or fp32, where no
@@ -151,6 +150,7 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
         DeadAdapters: If a part of the model gets no gradient in the first step.
         WindowTooLarge: If not even a single example fits (a ``torch.OutOfMemoryError``).
     """
+    state.window_rng = rng_tensors(state.device)
     if window.batch is None:
         state.advance(window)
         return None
@@ -158,7 +158,6 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
 
-    state.window_rng = rng_tensors(state.device)
     window = window.to(state.device)
     loss = _try_backward(state, window)
     while loss is None:
@@ -184,7 +183,9 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
             f"precision={state.config.precision!r}; the weights are untouched; look at these rows, "
             "or lower learning_rate"
         )
+    reserve_update(state.optimizer)
     scale = state.scaler.get_scale()
+    state.half_updated = True
     state.scaler.step(state.optimizer)  # sync; does nothing when a gradient is not finite
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -201,6 +202,7 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
         state.skips_in_a_row = 0
         state.unlogged_loss += loss
         state.unlogged_steps += 1
+    state.half_updated = False
     return StepOutput(loss, grad_norm, learning_rate, skipped)
 
 
@@ -225,12 +227,10 @@ def _halve_micro_batch(state: TrainState, window: Window) -> None:
     if state.device.type == "cuda":
         torch.cuda.empty_cache()
     if state.micro_batch_size == 1:
-        restore_rng(state.window_rng, state.device)  # the state is that before the window
         raise WindowTooLarge(
-            f"not even a single example of window {state.window} (rows {list(window.rows)}, up to "
-            f"{max(window.lengths)} text tokens) fits into the memory{_needed(state, window)}: set "
-            "gradient_checkpointing=True if it is not, free the GPU from other processes, or "
-            "shorten the longest texts (max_length)"
+            f"not even a single example of up to {max(window.lengths)} text tokens fits into the "
+            f"memory{_needed(state, window)}: set gradient_checkpointing=True if it is not, free "
+            "the GPU from other processes, or shorten the longest texts (max_length)"
         )
     failed, state.micro_batch_size = state.micro_batch_size, state.micro_batch_size // 2
     state.growing = False

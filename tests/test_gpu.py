@@ -1,8 +1,12 @@
 """What only a CUDA GPU can show; ``pytest -m gpu`` runs these alone."""
 
+import contextlib
 import copy
+import dataclasses
+import gc
 
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
 
@@ -11,6 +15,20 @@ from idefics_qlora.examples import pokemon_card_example
 from idefics_qlora.model import adapter_tensors
 
 pytestmark = pytest.mark.gpu
+
+
+@contextlib.contextmanager
+def memory_left(mib):
+    """Let this process have so much more of the GPU's memory than it holds now."""
+    gc.collect()  # tracebacks hold tensors
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    in_use = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((in_use + mib * 2**20) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.fixture
@@ -92,23 +110,134 @@ def test_resumed_states_are_paged_again():
 def test_memory_that_does_not_suffice_halves_the_micro_batch(on_gpu, tmp_path, cards):
     """Really out of memory: the window is done again in smaller parts, and the run goes on."""
     model, processor = on_gpu
-    torch.cuda.empty_cache()
-    total = torch.cuda.mem_get_info()[1]
-    in_use = torch.cuda.memory_reserved()
-    torch.cuda.set_per_process_memory_fraction((in_use + 60 * 2**20) / total)
-    try:
-        config = iq.TrainConfig(
-            output_dir=tmp_path,
-            max_steps=2,
-            global_batch_size=32,
-            micro_batch_size=32,
-            load_best_model_at_end=False,
-        )
+    config = iq.TrainConfig(
+        output_dir=tmp_path,
+        max_steps=2,
+        global_batch_size=32,
+        micro_batch_size=32,
+        load_best_model_at_end=False,
+    )
+    with memory_left(60):
         result = iq.train(model, processor, cards, config=config)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
     assert result.global_step == 2
     assert result.metrics["micro_batch_size"] < 32
+
+
+def test_an_evaluation_that_does_not_fit_says_what_to_lower(on_gpu, tmp_path, cards):
+    """Really out of memory: the step is saved first, and with the advice followed it goes on."""
+    model, processor = on_gpu
+
+    def run(eval_batch_size):
+        config = iq.TrainConfig(
+            output_dir=tmp_path,
+            max_steps=4,
+            global_batch_size=4,
+            micro_batch_size=1,
+            eval_steps=2,
+            save_steps=4,
+            eval_batch_size=eval_batch_size,
+        )
+        return iq.train(model, processor, cards, cards * 16, config=config)
+
+    with memory_left(100):
+        message = r"evaluation after step 2 does not fit .* eval_batch_size \(now 640\)"
+        with pytest.raises(torch.OutOfMemoryError, match=message):
+            run(640)
+        assert iq.latest_checkpoint(tmp_path).name == "checkpoint-2"
+        assert run(2).global_step == 4
+
+
+def test_generation_that_does_not_fit_says_what_to_lower(on_gpu, cards):
+    """Really out of memory: the message names the two arguments and their values."""
+    model, processor = on_gpu
+    prompts = [pokemon_card_example(card).prompt for card in cards * 16]
+    message = r"lower batch_size \(now 640\) or max_new_tokens \(now 8\)"
+    with memory_left(60), pytest.raises(torch.OutOfMemoryError, match=message):
+        iq.generate(model, processor, prompts, batch_size=640, max_new_tokens=8)
+    with memory_left(60):
+        assert len(iq.generate(model, processor, prompts[:4], max_new_tokens=8)) == 4
+
+
+@pytest.fixture
+def wide():
+    """The tiny base on the GPU with adapters of 2.2 million numbers, and its processor."""
+    model, processor = iq.tiny.load_model(device="cuda:0")
+    lora = peft.LoraConfig(r=256, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj"])
+    return iq.add_lora(model, lora), processor
+
+
+def settings(folder, optim):
+    return iq.TrainConfig(
+        output_dir=folder,
+        max_steps=3,
+        global_batch_size=4,
+        micro_batch_size=4,
+        optim=optim,
+        load_best_model_at_end=False,
+        num_workers=0,
+    )
+
+
+def hoarding(model, window):
+    """Take all memory but 1 MiB at the end of a window's backward pass; what holds it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    spare = [torch.empty(2**20, dtype=torch.uint8, device="cuda:0")]
+    held, calls = [], [0]
+
+    def accumulated(_):
+        calls[0] += 1
+        if calls[0] == (window + 1) * len(parameters):
+            for size in (2**20, 2**16):  # bytes; the second that of an 8-bit state
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    while True:
+                        held.append(torch.empty(size, dtype=torch.uint8, device="cuda:0"))
+            spare.clear()
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(accumulated)
+    return held
+
+
+def test_optimizer_states_that_do_not_fit_stop_before_the_first_window(wide, tmp_path, cards):
+    """Really out of memory: no weight has moved, and with more of it the run begins."""
+    model, processor = wide
+    before = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
+    config = settings(tmp_path, "adamw_torch")  # 18 MB of states
+    with (
+        memory_left(6),
+        pytest.raises(
+            torch.OutOfMemoryError, match="the optimizer's state does not fit .*lower rank"
+        ),
+    ):
+        iq.train(model, processor, cards, config=config)
+    assert all(torch.equal(adapter_tensors(model)[name], before[name]) for name in before)
+    assert iq.train(model, processor, cards, config=config).global_step == 3
+
+
+def test_the_first_step_needs_no_memory(wide, tmp_path, cards):
+    """With 1 MiB left after the first backward pass, the 8-bit optimizer makes its whole step."""
+    model, processor = wide
+    with memory_left(200):
+        held = hoarding(model, window=0)
+        config = settings(tmp_path, "paged_adamw_8bit")
+        config = dataclasses.replace(config, max_steps=1)
+        assert iq.train(model, processor, cards, config=config).global_step == 1
+        assert held
+        held.clear()
+
+
+def test_an_update_that_does_not_fit_is_not_begun(wide, tmp_path, cards):
+    """PyTorch's AdamW, really out of memory: the state before the window is saved, and goes on."""
+    model, processor = wide
+    config = settings(tmp_path, "adamw_torch")
+    with memory_left(200):
+        held = hoarding(model, window=2)
+        with pytest.raises(torch.OutOfMemoryError, match=r"in window 2 \(rows.* step 2\) is kept"):
+            iq.train(model, processor, cards, config=config)
+        assert held
+        held.clear()
+    assert iq.latest_checkpoint(tmp_path).name == "checkpoint-2"
+    assert iq.train(model, processor, cards, config=config).global_step == 3
 
 
 def test_generation_is_the_same_batched_and_alone(on_gpu, cards):
