@@ -28,15 +28,6 @@ def as_many_threads():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    """As when the runs were written: another number of threads adds up in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def same_machine(state):
     """Whether this process computes with what wrote the runs, so that bits can be expected."""
     now, then = iq.environment(), state["environment"]
