@@ -18,12 +18,12 @@ import finetune_pokemon_cards
 import pytest
 import torch
 from helpers import same
-from torch.utils.data import get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.faults import RunLock, StopSignals
-from idefics_qlora.loading import LoaderError
+from idefics_qlora.loading import LoaderError, Loading
 from idefics_qlora.model import adapter_tensors
 from idefics_qlora.windows import epoch_order
 
@@ -327,6 +327,60 @@ def test_out_of_memory_with_one_example_is_an_error(lora, processor, examples, t
     hook.remove()
 
 
+def test_a_window_that_never_fits_changes_no_random_state(base, processor, examples, tmp_path):
+    """What is saved before the error is the state before the window: with more memory the run ends
+    like one that always had it."""
+    settings = {"micro_batch_size": 1, "load_best_model_at_end": False, "save_steps": 3}
+    passes = []
+
+    def full_in_window_1(*_):  # when dropout has drawn
+        passes.append(None)
+        if len(passes) > SETTINGS["global_batch_size"]:
+            raise torch.OutOfMemoryError("injected")
+
+    config = config_of(tmp_path / "stopped", **settings)
+    model = iq.add_lora(copy.deepcopy(base))
+    model.get_base_model().register_forward_hook(full_in_window_1)
+    with pytest.raises(torch.OutOfMemoryError, match="not even a single example of window 1"):
+        iq.train(model, processor, examples, config=config)
+    assert iq.latest_checkpoint(tmp_path / "stopped").name == "checkpoint-1"
+    ends = []
+    for folder in ("stopped", "whole"):
+        model = iq.add_lora(copy.deepcopy(base))
+        iq.train(model, processor, examples, config=config_of(tmp_path / folder, **settings))
+        ends.append(adapter_tensors(model))
+    assert same(*ends)
+
+
+def test_the_search_for_an_overflow_changes_nothing(lora, processor, examples, tmp_path):
+    """It sees the dropout masks of the window that overflowed, and the next window's are those it
+    would have had without."""
+    passes = []
+
+    def before(module, _):
+        passes.append([module.training and torch.is_grad_enabled(), torch.get_rng_state()])
+
+    def after(_, __, output):
+        passes[-1].append(torch.get_rng_state())
+
+    def overflow(_, __, output):
+        trained = [is_training for is_training, *_ in passes if is_training]
+        return output * torch.inf if len(trained) == 1 else output
+
+    lora.get_base_model().register_forward_pre_hook(before)
+    lora.get_base_model().register_forward_hook(after)
+    lora.get_submodule(
+        "base_model.model.model.layers.1.self_attn.v_proj.lora_B.default"
+    ).register_forward_hook(overflow)
+    config = config_of(tmp_path, max_steps=1, load_best_model_at_end=False)
+    result = iq.train(lora, processor, examples, config=config)
+    assert result.metrics["skipped_windows"] == 1
+    (first, second), searched, (third, _) = passes[:2], passes[2:-2], passes[-2:]
+    assert [is_training for is_training, *_ in passes] == [True, True, False, False, True, True]
+    assert torch.equal(searched[0][1], first[1])
+    assert torch.equal(third[1], second[2])
+
+
 def test_auto_grows_until_memory_ends(lora, processor, examples, tmp_path):
     """Doubled from window to window; after the first failure the last size that worked is kept."""
     sizes = []
@@ -520,6 +574,25 @@ def test_loader_workers_ignore_stop_signals(lora, processor, examples, tmp_path)
     """The main process decides when its workers end."""
     config = config_of(tmp_path, num_workers=1, load_best_model_at_end=False, max_steps=2)
     assert iq.train(lora, processor, Signalled(examples), config=config).global_step == 2
+
+
+class OpenFiles(Dataset):
+    """Its one item: the files that the process which loads it has open."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        assert get_worker_info() is not None
+        return [str(link.resolve()) for link in Path("/proc/self/fd").iterdir()]
+
+
+def test_workers_that_outlive_a_run_do_not_lock_its_folder(tmp_path):
+    """A run killed with -9 can be started again at once, though its workers still live."""
+    with RunLock(tmp_path), Loading(OpenFiles(), num_workers=1) as loading:
+        ours = [str(link.resolve()) for link in Path("/proc/self/fd").iterdir()]
+        assert str(tmp_path / ".lock") in ours
+        assert str(tmp_path / ".lock") not in next(loading)
 
 
 def test_an_endless_overflow_saves_its_scale(lora, processor, examples, tmp_path):

@@ -226,6 +226,20 @@ def test_each_state_is_needed(base, processor, overflowing, halfway, leave_out, 
     assert bool(found) == bool(leave_out)
 
 
+def test_every_count_goes_on(base, processor, rows, tmp_path):
+    """What a run has counted so far is in the result of whoever goes on with it."""
+    run(base, processor, rows, config_of(tmp_path / "a", max_steps=2))
+    snapshot = load_checkpoint(tmp_path / "a" / "checkpoint-2")
+    snapshot.state.update(seconds=1234.5, num_bad_rows=3, skips_in_a_row=4)
+    snapshot.state.update(first_nonfinite_module="model.norm")
+    save(tmp_path / "b" / "checkpoint-2", snapshot)
+    _, result = run(base, processor, rows, config_of(tmp_path / "b", max_steps=2))
+    assert result.metrics["train_runtime"] >= 1234.5
+    assert result.metrics["bad_rows"] == 3
+    assert result.fp16_ledger["skips_in_a_row"] == 4
+    assert result.fp16_ledger["first_nonfinite_module"] == "model.norm"
+
+
 def test_a_finished_run_returns_its_result_at_once(base, processor, rows, tmp_path):
     """Started again, the script gets the same result and nothing is computed or written."""
     _, first = run(base, processor, rows, config_of(tmp_path / "run"))

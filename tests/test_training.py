@@ -393,6 +393,44 @@ def test_clipping_sees_the_true_gradient(base, processor, examples):
     assert norms[2] == pytest.approx(norms[0], rel=0.03)
 
 
+def test_the_gradient_is_clipped(lora, processor, examples):
+    """The optimizer gets a gradient of the norm that was asked for; the log its norm before."""
+    state = state_of(lora, config_of("unused", max_grad_norm=0.01))
+    state.optimizer = Noting(trainable_parameters(lora).values())
+    output = train_step(state, windows_of(processor, examples, state.config)[0])
+    assert output.grad_norm > 0.1
+    assert state.optimizer.gradient.norm() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch"])
+def test_weights_decay(base, processor, examples, optim):
+    """By the learning rate times ``weight_decay`` of themselves, beside what the gradient does."""
+    before, after = {}, []
+    for decay in (0.0, 0.5):
+        model = without_dropout(copy.deepcopy(base))
+        before = snapshot(model)
+        settings = {"optim": optim, "weight_decay": decay, "learning_rate": 0.1}
+        state = state_of(model, config_of("unused", **settings))
+        train_step(state, windows_of(processor, examples, state.config)[0])
+        after.append(snapshot(model))
+    for name, tensor in before.items():
+        expected = -0.1 * 0.5 * tensor
+        torch.testing.assert_close(after[1][name] - after[0][name], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_depends_on_its_seed_alone(base, processor, examples, tmp_path):
+    """Not on the random numbers that were drawn before it; another seed is another run."""
+    ends = []
+    for drawn_before, seed in ((1, 42), (2, 42), (1, 43)):
+        torch.manual_seed(drawn_before)
+        model = iq.add_lora(copy.deepcopy(base))
+        config = config_of(tmp_path / str(len(ends)), max_steps=2, seed=seed, augment=False)
+        iq.train(model, processor, examples[:8], config=config)  # every window has all rows
+        ends.append(snapshot(model))
+    assert same(ends[0], ends[1])
+    assert not same(ends[0], ends[2])
+
+
 def test_bf16_learns(lora, processor, examples, tmp_path):
     """The same loop without a scaler."""
     config = config_of(tmp_path, precision="bf16", learning_rate=5e-3, max_steps=8)

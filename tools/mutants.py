@@ -1,0 +1,802 @@
+"""Show that the tests notice when the loop, its state or its checkpoints lose a piece.
+
+Each :class:`Mutant` is a small change to the package's source that takes one guarantee away. The
+few tests that ought to notice are run against a changed copy of the repository; if they pass, a
+wider selection is. A mutant that no test notices has to be in :data:`ACCEPTED`, with its reason.
+
+    python tools/mutants.py              # all of them, one after the other
+    python tools/mutants.py clip fsync   # those with such words in their names
+    python tools/mutants.py --list
+
+Exit code 1: a mutant survived that is not accepted, or is accepted and does not survive. 2: the
+tests fail without any change, or a mutant no longer fits the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_S = 900
+WIDER = (
+    *("test_training.py", "test_resume.py", "test_checkpoint.py", "test_runs_of_0_1.py"),
+    *("test_batches.py", "test_rows.py", "test_model.py", "test_diagnostics.py", "test_faults.py"),
+)
+"""Files of tests for a mutant that its own tests did not notice."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change that takes one guarantee away."""
+
+    name: str
+    """What is lost, in words."""
+    file: str
+    """Within ``idefics_qlora/``."""
+    old: str
+    """Text that stands exactly once in the file."""
+    new: str
+    tests: tuple[str, ...]
+    """Those that should notice, within ``tests/``."""
+
+    def source(self) -> str:
+        """The changed file.
+
+        Raises:
+            ValueError: If the text to be changed is not there exactly once.
+        """
+        source = (ROOT / "idefics_qlora" / self.file).read_text(encoding="utf-8")
+        if (times := source.count(self.old)) != 1:
+            raise ValueError(
+                f"mutant {self.name!r}: {self.old!r} is {times} times in {self.file}, expected "
+                "once: adapt it to the source"
+            )
+        return source.replace(self.old, self.new)
+
+
+def _m(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
+    return Mutant(name, file, old, new, tests)
+
+
+EVERY_STEP = "test_resume.py::test_interrupted_at_every_step"
+OVERFLOWING = f"{EVERY_STEP}[overflowing]"
+GROWS = "test_resume.py::test_interrupted_while_the_micro_batch_grows"
+STREAM = "test_rows.py::test_a_run_over_a_stream_resumes_exactly"
+HALVES = "test_faults.py::test_out_of_memory_halves_the_micro_batch"
+OVERFLOW = "test_training.py::test_an_overflow_skips_the_update"
+TRAINER = "test_training.py::test_parity_with_hugging_face_trainer"
+WINDOW = "test_training.py::test_the_window_decides_not_the_micro_batch"
+LEARNING = "test_training.py::test_learning_lowers_the_loss"
+FSYNC = "test_checkpoint.py::test_files_are_on_the_disk_before_the_folder_has_its_name"
+DAMAGE = "test_checkpoint.py::test_damage_is_found_and_passed_over"
+
+NOT_RESTORED = {
+    "global_step": OVERFLOWING,
+    "window": OVERFLOWING,
+    "skipped_windows": OVERFLOWING,
+    "skips_in_a_row": "test_resume.py::test_every_count_goes_on",
+    "micro_batch_size": GROWS,
+    "growing": GROWS,
+    "num_examples": OVERFLOWING,
+    "num_images": OVERFLOWING,
+    "num_tokens": OVERFLOWING,
+    "num_bad_rows": "test_resume.py::test_every_count_goes_on",
+    "position": STREAM,
+    "seconds": "test_resume.py::test_every_count_goes_on",
+    "loss_sum": OVERFLOWING,
+    "unlogged_steps": OVERFLOWING,
+    "best_metric": OVERFLOWING,
+    "log_history": OVERFLOWING,
+    "first_nonfinite_module": "test_resume.py::test_every_count_goes_on",
+}
+"""Fields of the state, each left out of a restore, and the tests that should notice."""
+
+MUTANTS = (
+    # What a checkpoint brings back.
+    *(
+        _m(
+            f"a resume forgets {name}",
+            "state.py",
+            "for name in _COUNTERS:\n",
+            f'for name in set(_COUNTERS) - {{"{name}"}}:\n',
+            test,
+        )
+        for name, test in NOT_RESTORED.items()
+    ),
+    _m(
+        "a resume forgets the adapter",
+        "state.py",
+        "load_adapter(self.model, snapshot.adapter, str(source))",
+        "pass",
+        EVERY_STEP,
+    ),
+    _m(
+        "a resume forgets the optimizer",
+        "state.py",
+        'load_optimizer_state(self.optimizer, names, snapshot.optimizer, state["optimizer"])',
+        "pass",
+        EVERY_STEP,
+    ),
+    _m(
+        "a resume forgets the loss scale",
+        "state.py",
+        'self.scaler.load_state_dict(state["scaler"])',
+        "pass",
+        OVERFLOWING,
+    ),
+    _m(
+        "a resume forgets the random states",
+        "state.py",
+        "restore_rng(snapshot.rng, self.device)",
+        "pass",
+        EVERY_STEP,
+    ),
+    _m(
+        "a resume forgets the unlogged loss",
+        "state.py",
+        'self.unlogged_loss.fill_(state["unlogged_loss"])',
+        "pass",
+        EVERY_STEP,
+    ),
+    _m(
+        "a dump holds the random states after the window",
+        "state.py",
+        "rng=rng_tensors(self.device) if rng is None else rng,",
+        "rng=rng_tensors(self.device),",
+        "test_faults.py::test_what_is_not_finite_can_be_replayed",
+    ),
+    _m(
+        "another run's settings are accepted",
+        "state.py",
+        "        if problems:\n",
+        "        if False:\n",
+        "test_resume.py::test_what_changes_the_mathematics_is_refused",
+    ),
+    _m(
+        "the step's number is no part of the optimizer's state",
+        "optim.py",
+        "scalars.setdefault(name, {})[key] = value",
+        "pass",
+        "test_resume.py::test_interrupted_in_each_execution",
+    ),
+    # The step.
+    _m(
+        "the gradient is clipped before it is unscaled",
+        "training.py",
+        "    state.scaler.unscale_(state.optimizer)\n",
+        "",
+        "test_training.py::test_clipping_sees_the_true_gradient",
+    ),
+    _m(
+        "nothing is clipped",
+        "training.py",
+        "clip_grad_norm_(parameters, state.config.max_grad_norm)",
+        'clip_grad_norm_(parameters, float("inf"))',
+        "test_training.py::test_the_gradient_is_clipped",
+    ),
+    _m(
+        "a micro-batch's loss is divided by its own targets",
+        "training.py",
+        "/ window.num_targets",
+        "/ batch.num_targets",
+        WINDOW,
+    ),
+    _m(
+        "the loss is a sum over the window",
+        "training.py",
+        " / window.num_targets",
+        "",
+        TRAINER,
+    ),
+    _m(
+        "the gradients of a window are kept for the next",
+        "training.py",
+        "    state.scaler.update()\n    state.optimizer.zero_grad(set_to_none=True)\n",
+        "    state.scaler.update()\n",
+        TRAINER,
+    ),
+    _m(
+        "the loss scale never changes",
+        "training.py",
+        "    state.scaler.update()\n",
+        "",
+        OVERFLOW,
+    ),
+    _m(
+        "the loss is not scaled",
+        "training.py",
+        "state.scaler.scale(micro_loss).backward()",
+        "micro_loss.backward()",
+        "test_training.py::test_clipping_sees_the_true_gradient",
+    ),
+    _m(
+        "an infinite loss updates the weights",
+        "training.py",
+        "parameters[0].grad += loss - loss",
+        "pass",
+        "test_faults.py::test_an_infinite_loss_is_an_overflow",
+    ),
+    _m(
+        "a skipped window advances the step",
+        "training.py",
+        "        state.skips_in_a_row += 1\n",
+        "        state.skips_in_a_row += 1\n        state.global_step += 1\n",
+        OVERFLOW,
+    ),
+    _m(
+        "a skipped window is not told from a step",
+        "training.py",
+        "skipped = state.scaler.get_scale() < scale",
+        "skipped = False",
+        OVERFLOW,
+    ),
+    _m(
+        "skips in a row are counted over steps",
+        "training.py",
+        "        state.skips_in_a_row = 0\n",
+        "",
+        OVERFLOW,
+    ),
+    _m(
+        "a gradient that is not finite updates the weights in fp32",
+        "training.py",
+        "if not state.scaler.is_enabled() and not torch.isfinite(loss + grad_norm):",
+        "if False:",
+        "test_training.py::test_a_bad_gradient_in_fp32_touches_no_weight",
+    ),
+    _m(
+        "the learning rate stays that of the first step",
+        "training.py",
+        '        group["lr"] = learning_rate\n',
+        "        pass\n",
+        TRAINER,
+    ),
+    _m(
+        "the learning rate falls a step too early",
+        "optim.py",
+        "max(0.0, (total_steps - step) / decay_steps)",
+        "max(0.0, (total_steps - step - 1) / decay_steps)",
+        "test_training.py::test_schedules_equal_transformers",
+    ),
+    _m(
+        "there is no warm-up",
+        "optim.py",
+        "if step < config.warmup_steps:",
+        "if False:",
+        "test_training.py::test_schedules_equal_transformers",
+    ),
+    _m(
+        "weight decay is ignored",
+        "optim.py",
+        '"weight_decay": config.weight_decay,',
+        '"weight_decay": 0.0,',
+        "test_training.py::test_weights_decay",
+    ),
+    _m(
+        "a window that did not fit leaves its gradient",
+        "training.py",
+        "    while loss is None:\n        state.optimizer.zero_grad(set_to_none=True)\n",
+        "    while loss is None:\n",
+        HALVES,
+    ),
+    _m(
+        "a window that did not fit leaves its random states",
+        "training.py",
+        "        restore_rng(state.window_rng, state.device)\n        loss = _try_backward",
+        "        loss = _try_backward",
+        HALVES,
+    ),
+    _m(
+        "a window that can never fit leaves its random states",
+        "run.py",
+        "                restore_rng(rng, state.device)\n",
+        "                pass\n",
+        "test_faults.py::test_a_window_that_never_fits_changes_no_random_state",
+    ),
+    _m(
+        "a micro-batch that did not fit grows again",
+        "training.py",
+        "    state.growing = False\n",
+        "",
+        "test_faults.py::test_auto_grows_until_memory_ends",
+    ),
+    _m(
+        "the search for an overflow leaves its random states",
+        "run.py",
+        "            restore_rng(rng, state.device)\n        if",
+        "            pass\n        if",
+        "test_faults.py::test_the_search_for_an_overflow_changes_nothing",
+    ),
+    _m(
+        "the search for an overflow draws other dropout masks",
+        "run.py",
+        "        restore_rng(state.window_rng, state.device)\n        try",
+        "        try",
+        "test_faults.py::test_the_search_for_an_overflow_changes_nothing",
+    ),
+    _m(
+        "an update that broke off half-way is saved",
+        "run.py",
+        "        if state.half_updated:\n",
+        "        if False:\n",
+        "test_failures.py::test_half_an_update_is_not_saved",
+    ),
+    _m(
+        "memory that an update needs is asked for in its midst",
+        "training.py",
+        "    reserve_update(state.optimizer)\n",
+        "",
+        "test_failures.py",
+    ),
+    # The loss.
+    _m(
+        "a token learns to predict itself",
+        "loss.py",
+        "labels[:, 1:].flatten()",
+        "labels[:, :-1].flatten()",
+        "test_model.py::test_loss_equals_pytorchs_over_the_targets",
+    ),
+    _m(
+        "the prompt is learnt",
+        "batches.py",
+        "labels=input_ids.masked_fill(~is_target, IGNORE),",
+        "labels=input_ids,",
+        "test_batches.py",
+    ),
+    _m(
+        "padding is learnt",
+        "batches.py",
+        "            is_target = is_token\n",
+        "            is_target = torch.ones_like(is_token)\n",
+        "test_batches.py",
+    ),
+    _m(
+        "image tokens are learnt",
+        "batches.py",
+        "is_target = is_target & ~torch.isin(input_ids, self.never_target)",
+        "pass",
+        "test_batches.py",
+    ),
+    _m(
+        "padding is attended to",
+        "batches.py",
+        "attention_mask=is_token.long(),",
+        "attention_mask=torch.ones_like(input_ids),",
+        "test_batches.py",
+    ),
+    _m(
+        "words see every picture of their row",
+        "batches.py",
+        "sees = latest_image[:, :, None] == torch.arange(most_images)",
+        "sees = latest_image[:, :, None] >= torch.arange(most_images)",
+        "test_batches.py",
+    ),
+    # The windows.
+    _m(
+        "every epoch has the same order",
+        "windows.py",
+        "np.random.default_rng((seed, epoch))",
+        "np.random.default_rng((seed, 0))",
+        "test_batches.py",
+        "test_rows.py::test_nothing_takes_a_bad_rows_place",
+    ),
+    _m(
+        "every run has the same order",
+        "windows.py",
+        "np.random.default_rng((seed, epoch))",
+        "np.random.default_rng((0, epoch))",
+        "test_batches.py",
+    ),
+    _m(
+        "every epoch has the same crops",
+        "windows.py",
+        "np.random.SeedSequence((seed, epoch, row))",
+        "np.random.SeedSequence((seed, 0, row))",
+        "test_batches.py",
+    ),
+    _m(
+        "every row has the same crop",
+        "windows.py",
+        "np.random.SeedSequence((seed, epoch, row))",
+        "np.random.SeedSequence((seed, epoch, 0))",
+        "test_batches.py",
+    ),
+    _m(
+        "a stream begins anew",
+        "windows.py",
+        'stream.load_state_dict(self.position["stream"])',
+        "pass",
+        STREAM,
+    ),
+    _m(
+        "a stream forgets its epoch",
+        "windows.py",
+        'epoch, number = self.position["epoch"], self.position["row"]',
+        'number = self.position["row"]',
+        "test_rows.py::test_a_stream_gives_its_rows_in_order",
+        STREAM,
+    ),
+    _m(
+        "a micro-batch is as wide as its window",
+        "windows.py",
+        "num_tokens=self.lengths[start],",
+        "num_tokens=self.lengths[0],",
+        "test_batches.py",
+    ),
+    _m(
+        "loading draws from the global generator",
+        "loading.py",
+        "generator=torch.Generator(),",
+        "generator=None,",
+        "test_training.py::test_evaluating_changes_nothing",
+    ),
+    _m(
+        "loader workers die of a stop signal",
+        "faults.py",
+        "        signal.signal(number, signal.SIG_IGN)\n",
+        "        pass\n",
+        "test_faults.py::test_loader_workers_ignore_stop_signals",
+    ),
+    _m(
+        "loader workers keep the lock",
+        "loading.py",
+        "    RunLock.close_in_child()\n",
+        "",
+        "test_faults.py::test_workers_that_outlive_a_run_do_not_lock_its_folder",
+    ),
+    # Evaluation.
+    _m(
+        "an evaluation leaves every module in its mode",
+        "model.py",
+        "            module.training = training\n",
+        "            pass\n",
+        "test_training.py::test_evaluate_averages_over_tokens",
+        "test_training.py::test_evaluating_changes_nothing",
+    ),
+    _m(
+        "an evaluation drops out",
+        "model.py",
+        "    model.eval()\n    try:\n",
+        "    try:\n",
+        "test_training.py::test_evaluating_changes_nothing",
+    ),
+    _m(
+        "an evaluation averages over batches",
+        "evaluation.py",
+        "num_targets += window.num_targets",
+        "num_targets += window.num_targets if num_batches == 1 else 0",
+        "test_training.py::test_evaluate_averages_over_tokens",
+    ),
+    _m(
+        "the worst checkpoint is the best",
+        "run.py",
+        "eval_loss < best_metric",
+        "eval_loss != best_metric",
+        "test_training.py::test_the_best_is_loaded_and_never_deleted",
+    ),
+    _m(
+        "the best is not loaded at the end",
+        "run.py",
+        "        if finished and self.config.load_best_model_at_end:\n",
+        "        if False:\n",
+        "test_training.py::test_the_best_is_loaded_and_never_deleted",
+    ),
+    _m(
+        "the best checkpoint is deleted",
+        "run.py",
+        "protected = {state.global_step, state.best_step}",
+        "protected = {state.global_step}",
+        "test_training.py::test_the_best_is_loaded_and_never_deleted",
+    ),
+    # When things happen.
+    _m(
+        "the last step is not saved",
+        "training.py",
+        "if last or due(state.global_step, config.save_steps):",
+        "if due(state.global_step, config.save_steps):",
+        LEARNING,
+        "test_faults.py::test_what_a_signal_stopped_goes_on",
+    ),
+    _m(
+        "the last step is not evaluated",
+        "training.py",
+        "(last or due(state.global_step, config.eval_steps))",
+        "due(state.global_step, config.eval_steps)",
+        "test_faults.py::test_what_a_signal_stopped_goes_on",
+    ),
+    _m(
+        "signals do not stop a run",
+        "training.py",
+        "while state.global_step < state.total_steps and stop.received is None:",
+        "while state.global_step < state.total_steps:",
+        "test_faults.py::test_a_signal_saves_and_returns",
+    ),
+    _m(
+        "a stopped run is not saved",
+        "training.py",
+        "            if stop.received is not None:\n                run.save_if_new()\n",
+        "",
+        "test_faults.py::test_a_signal_saves_and_returns",
+    ),
+    _m(
+        "dropout depends on what ran before",
+        "training.py",
+        "        models.seeded(config.seed, next(model.parameters()).device),  # dropout\n",
+        "",
+        "test_training.py::test_a_run_depends_on_its_seed_alone",
+    ),
+    _m(
+        "a run leaves its random numbers to its caller",
+        "model.py",
+        '    with torch.random.fork_rng([device] if device.type == "cuda" else []):\n',
+        "    if True:\n",
+        "test_generators.py",
+    ),
+    # The folder.
+    _m(
+        "a second run in the folder is let in",
+        "faults.py",
+        "                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "",
+        "test_faults.py::test_two_runs_in_one_folder",
+    ),
+    _m(
+        "files are not on the disk when the folder gets its name",
+        "checkpoint.py",
+        "        os.fsync(file.fileno())\n",
+        "",
+        FSYNC,
+    ),
+    _m(
+        "names of files are not on the disk when the folder gets its name",
+        "checkpoint.py",
+        "        _sync_folder(temporary)\n",
+        "",
+        FSYNC,
+    ),
+    _m(
+        "the folder's name is not on the disk",
+        "checkpoint.py",
+        "        _sync_folder(folder.parent)\n",
+        "",
+        FSYNC,
+    ),
+    _m(
+        "a checkpoint appears file by file",
+        "checkpoint.py",
+        "        temporary.rename(folder)\n",
+        "        shutil.copytree(temporary, folder)\n        shutil.rmtree(temporary)\n",
+        FSYNC,
+        "test_faults.py::test_each_file_operation_of_a_save",
+    ),
+    _m(
+        "a failed save leaves its files",
+        "checkpoint.py",
+        "        shutil.rmtree(temporary, ignore_errors=True)\n",
+        "        pass\n",
+        "test_faults.py::test_a_write_that_breaks_off",
+    ),
+    _m(
+        "altered files are not noticed",
+        "checkpoint.py",
+        "        if sums[name] != expected:\n",
+        "        if False:\n",
+        DAMAGE,
+    ),
+    _m(
+        "files of another size are not noticed",
+        "checkpoint.py",
+        "        if len(content) != size:\n",
+        "        if False:\n",
+        DAMAGE,
+    ),
+    _m(
+        "a manifest need not list every file",
+        "checkpoint.py",
+        "        if missing := {ADAPTER, ADAPTER_CONFIG, OPTIMIZER, RNG, STATE} - files.keys():\n",
+        "        if missing := set():\n",
+        "test_checkpoint.py",
+    ),
+    _m(
+        "a checkpoint of another format is read",
+        "checkpoint.py",
+        '        if manifest["format"] != FORMAT:\n',
+        "        if False:\n",
+        "test_checkpoint.py",
+    ),
+    _m(
+        "steps are compared as words",
+        "checkpoint.py",
+        "sorted((step, path) for step, path in found",
+        "sorted((str(step), path) for step, path in found",
+        "test_checkpoint.py",
+    ),
+    _m(
+        "what another program wrote is deleted",
+        "checkpoint.py",
+        'if is_of_run(folder, snapshot.state.get("run")):',
+        "if os.path.lexists(folder):",
+        "test_checkpoint.py",
+    ),
+    _m(
+        "an old checkpoint is lost while it is replaced",
+        "checkpoint.py",
+        '        if path.suffix == ".replaced" and not whole.exists():\n',
+        "        if False:\n",
+        "test_checkpoint.py",
+    ),
+    _m(
+        "checkpoints of later steps stay when a run goes back",
+        "run.py",
+        "        set_aside(self.folder, state.global_step)\n",
+        "",
+        "test_resume.py::test_a_path_goes_back",
+    ),
+    _m(
+        "a copy of another step's checkpoint is taken for its name's",
+        "checkpoint.py",
+        "    if promised is not None and promised != step:\n",
+        "    if False:\n",
+        "test_identity.py",
+    ),
+    _m(
+        "another run's checkpoint is taken for ours",
+        "checkpoint.py",
+        "        check_run(folder, state, run)\n",
+        "",
+        "test_identity.py",
+    ),
+    # The model.
+    _m(
+        "recomputed layers below the text get no gradient",
+        "model.py",
+        '{"use_reentrant": False}',
+        '{"use_reentrant": True}',
+        "test_model.py::test_every_adapter_gets_a_gradient",
+    ),
+    _m(
+        "an evaluation repacks 4-bit weights",
+        "cpu.py",
+        "            module.support_avx512bf16_for_cpu = False\n",
+        "            pass\n",
+        "test_model.py::test_evaluation_does_not_break_training",
+    ),
+)
+
+ACCEPTED = {
+    "files of another size are not noticed": (
+        "the SHA-256 differs as well; the size only says in plainer words what is wrong"
+    ),
+}
+"""Mutants that no test can notice, and why."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the mutants; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("words", nargs="*", help="only mutants with one of these in their names")
+    parser.add_argument("--list", action="store_true", help="show them and run nothing")
+    options = parser.parse_args(arguments)
+    chosen = [m for m in MUTANTS if not options.words or any(w in m.name for w in options.words)]
+    if options.list:
+        print("\n".join(f"{m.file:15} {m.name}" for m in chosen))
+        return 0
+    try:
+        sources = [mutant.source() for mutant in chosen]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    _import_the_slow_ones()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy = Path(folder) / "copy"
+        ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "__pycache__")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        every_test = list(dict.fromkeys(test for mutant in chosen for test in mutant.tests))
+        code, said, _ = _pytest(copy, every_test, TIMEOUT_S * 4)
+        if code != 0:
+            print(f"{said}\nthese tests fail without any change")
+            return 2
+        print(f"without a change: {''.join(re.findall('[0-9]+ passed.*', said))}", flush=True)
+        wrong = [
+            _judge(copy, mutant, source) for mutant, source in zip(chosen, sources, strict=True)
+        ]
+    wrong = [line for line in wrong if line]
+    print(f"\n{len(chosen) - len(wrong)} of {len(chosen)} mutants are as expected")
+    print("\n".join(wrong))
+    return 1 if wrong else 0
+
+
+def _judge(copy: Path, mutant: Mutant, source: str) -> str:
+    """Run a mutant and print its line of the table; what is wrong, or nothing."""
+    file = copy / "idefics_qlora" / mutant.file
+    original = file.read_text(encoding="utf-8")
+    file.write_text(source, encoding="utf-8")
+    accepted = mutant.name in ACCEPTED
+    code, said, seconds = _pytest(copy, mutant.tests, TIMEOUT_S)
+    by = "its tests"
+    if code == 0 and not accepted:
+        code, said, more = _pytest(copy, WIDER, TIMEOUT_S * 2)
+        by, seconds = "others", seconds + more
+    file.write_text(original, encoding="utf-8")
+    noticed = re.findall(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", said, re.MULTILINE)
+    verdict = "survived" if code == 0 else "too long" if code is None else f"noticed by {by}"
+    if code not in (None, 0, 1):
+        verdict = f"pytest's exit code is {code}"
+    print(f"{verdict:20} {seconds:4.0f} s  {mutant.name}: {', '.join(noticed[:1])}", flush=True)
+    if code not in (None, 0, 1):
+        return f"- {mutant.name}: {verdict}\n{said}"
+    if (code == 0) != accepted:
+        return f"- {mutant.name}: {verdict}, {'but accepted' if accepted else 'not accepted'}"
+    return ""
+
+
+def _import_the_slow_ones() -> None:
+    """Import what every test needs, once: the children of this process have it."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # its time and size do not tell two mutants apart
+    sys.dont_write_bytecode = True
+    import bitsandbytes  # noqa: F401
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    import pytest  # noqa: F401
+    import torchvision  # noqa: F401
+    import transformers.models.idefics.modeling_idefics  # noqa: F401
+
+
+def _pytest(copy: Path, tests: tuple[str, ...] | list[str], timeout_s: float) -> tuple:
+    """Exit code (``None``: too long), output and seconds of tests, in a child of this process."""
+    started = time.monotonic()
+    log = copy.parent / "log"
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        code = 99
+        try:
+            os.chdir(copy)
+            sys.path.insert(0, str(copy))
+            os.environ["PYTHONPATH"] = str(copy)
+            import pytest
+
+            temporary = f"--basetemp={copy.parent / 'tmp'}"
+            options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", temporary]
+            options += ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+            ended = pytest.main([*options, *(f"tests/{test}" for test in tests)])
+            used = sys.modules["idefics_qlora"].__file__ or ""
+            if not used.startswith(str(copy)):
+                raise RuntimeError(f"the tests used {used}")
+            code = int(ended)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    ended = 0
+    while not ended and time.monotonic() - started < timeout_s:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.05)
+    # What a test has left behind goes with it.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    if not ended:
+        os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status) if ended else None
+    return code, log.read_text(errors="replace"), time.monotonic() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())
