@@ -250,6 +250,7 @@ class Run:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._first_step = self._saved_step = self.state.global_step
+        self._saved_records = self._records()
         self._clock = _Clock(self.state)
         self._bad_rows = BadRows(config.on_bad_row, self.folder / "bad_rows.jsonl")
         self._loading = partial(
@@ -385,12 +386,22 @@ class Run:
         if self.state.num_bad_rows:
             record["bad_rows"] = self.state.num_bad_rows
         self.state.log_history.append(record)
-        if self._on_log is not None:
-            try:
-                self._on_log(dict(record))
-            except Exception:
-                self.save_if_new()
-                raise
+        self.hand_out()
+
+    def hand_out(self) -> None:
+        """Give ``on_log`` the records that it has not had yet.
+
+        Should it fail, the step is saved first, and it gets the record again after a restart.
+        """
+        state = self.state
+        for record in state.log_history[state.num_told :]:
+            if self._on_log is not None:
+                try:
+                    self._on_log(dict(record))
+                except Exception:
+                    self.save_if_new()
+                    raise
+            state.num_told += 1
 
     def log_training(self, grad_norm: Tensor, learning_rate: float) -> float:
         """Log the mean loss since the last such record; returns it."""
@@ -412,7 +423,15 @@ class Run:
         return float(record["loss"])
 
     def evaluate(self) -> float:
-        """Log an evaluation; returns its loss. Should it fail, the step is saved first."""
+        """Log an evaluation, unless the step has one; returns its loss.
+
+        Should it fail, the step is saved first.
+        """
+        for record in reversed(self.state.log_history):
+            if record["step"] != self.state.global_step:
+                break
+            if "eval_loss" in record:
+                return float(record["eval_loss"])
         what = f"the evaluation after step {self.state.global_step}"
         try:
             with advising(what, eval_batch_size=self.config.eval_batch_size):
@@ -483,15 +502,19 @@ class Run:
                 ) from error
             logger.error("%s; training goes on and tries again later", message)
         else:
-            self._saved_step = state.global_step
+            self._saved_step, self._saved_records = state.global_step, self._records()
             protected = {state.global_step, state.best_step}
             keep = self.config.save_total_limit
             rotate(self.folder, keep, protected, state.run, self._background)
 
     def save_if_new(self) -> None:
         """Save, unless the last step is saved already: the windows since then are only replayed."""
-        if self.state.global_step != self._saved_step:
+        if (self.state.global_step, self._records()) != (self._saved_step, self._saved_records):
             self.save()
+
+    def _records(self) -> tuple[int, int]:
+        """How many records there are, and how many ``on_log`` has had."""
+        return len(self.state.log_history), self.state.num_told
 
     def _keep(self, rng: dict[str, Tensor] | None = None) -> str:
         """Save what was learnt before a failure, which no second one may hide; tells of it.

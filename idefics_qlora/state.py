@@ -34,6 +34,7 @@ _COUNTERS = (
     *("micro_batch_size", "growing"),
     *("num_examples", "num_images", "num_tokens", "num_bad_rows", "position", "seconds"),
     *("loss_sum", "unlogged_steps", "best_metric", "log_history", "first_nonfinite_module"),
+    *("finished_step", "num_told"),
 )
 """Fields of ``TrainState`` that a checkpoint's JSON holds as they are."""
 
@@ -99,6 +100,11 @@ class TrainState:
     best_step: int | None = None
     """Step of the saved checkpoint with the lowest ``eval_loss``."""
     log_history: list[dict[str, Any]] = field(default_factory=list)
+    num_told: int = 0
+    """Records of the history that ``on_log`` has had."""
+    finished_step: int = 0
+    """The last step after which all that was due has been done. If it is not the last one, an
+    evaluation or ``on_log`` failed, and the step is finished after a restart."""
     first_nonfinite_module: str | None = None
     """Where the first overflow was, if in a forward pass."""
     coverage: Coverage | None = None
@@ -164,8 +170,10 @@ class TrainState:
             ValueError: If a setting, the rows or the base differ in a way that would change the
                 mathematics; the message lists all that differ.
         """
-        state = snapshot.state
         self._check_same_run(snapshot, source)
+        state = snapshot.state
+        done = {"finished_step": state["global_step"], "num_told": len(state["log_history"])}
+        state = {**done, **state}  # 0.1 kept no account of these
         load_adapter(self.model, snapshot.adapter, str(source))
         names = self._parameter_names()
         load_optimizer_state(self.optimizer, names, snapshot.optimizer, state["optimizer"])

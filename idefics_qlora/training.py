@@ -91,6 +91,8 @@ def train(
                 total=state.total_steps, initial=state.global_step, unit="step", disable=None
             ) as progress,
         ):
+            if state.finished_step < state.global_step:  # the run broke off while it did this
+                finish_step(run)
             while state.global_step < state.total_steps and stop.received is None:
                 window = run.next_window(windows)
                 try:
@@ -110,14 +112,28 @@ def train(
                 if last or due(state.global_step, config.logging_steps):
                     loss = run.log_training(output.grad_norm, output.learning_rate)
                     progress.set_postfix(loss=f"{loss:.3f}")
-                eval_loss = None
-                if eval_rows is not None and (last or due(state.global_step, config.eval_steps)):
-                    eval_loss = run.evaluate()
-                if last or due(state.global_step, config.save_steps):
-                    run.save(eval_loss)
+                finish_step(run)
             if stop.received is not None:
                 run.save_if_new()
         return run.result()
+
+
+def finish_step(run: Run) -> None:
+    """Evaluate and save, if that is due after this step.
+
+    Done again after a failure and a restart, it does what had not been done and ends with the same
+    state, checkpoint and history.
+    """
+    state, config = run.state, run.config
+    last = state.global_step == state.total_steps
+    run.hand_out()
+    eval_loss = None
+    has_eval_rows = run.inputs.held_out is not None
+    if has_eval_rows and (last or due(state.global_step, config.eval_steps)):
+        eval_loss = run.evaluate()
+    state.finished_step = state.global_step
+    if last or due(state.global_step, config.save_steps):
+        run.save(eval_loss)
 
 
 class WindowTooLarge(torch.OutOfMemoryError):

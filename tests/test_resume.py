@@ -126,6 +126,107 @@ def test_interrupted_at_every_step(base, processor, kind, request, tmp_path):
         assert result.best_checkpoint.name == whole.best_checkpoint.name
 
 
+class Failing:
+    """What a user's ``on_log``, or the device in an evaluation, does: it breaks down at one step.
+
+    Args:
+        where: ``evaluation``, ``samples``, ``on_log of training`` or ``on_log of evaluation``.
+        step: At which step; 0: at that from which the run goes on.
+    """
+
+    def __init__(self, where, step):
+        self.where, self.step = where, step
+        self.told = []
+
+    def on_log(self, record):
+        self.told.append({k: v for k, v in record.items() if k not in CLOCKS})
+        kind = "evaluation" if "eval_loss" in record else "training"
+        if self.where == f"on_log of {kind}" and record["step"] == self.step:
+            raise ConnectionError("injected")
+
+    def attach(self, model):
+        """Let the model fail in the evaluation of that step, as for want of memory."""
+
+        def fail(module, _, inputs):
+            step = self.told[-1]["step"] if self.told else 0
+            wanted = self.where == ("samples" if inputs.get("use_cache") else "evaluation")
+            if not module.training and wanted and step == self.step:
+                raise torch.OutOfMemoryError("injected")
+
+        model.get_base_model().register_forward_pre_hook(fail, with_kwargs=True)
+        return model
+
+
+def history(result_or_state):
+    """Log records without their clocks."""
+    return [{k: v for k, v in r.items() if k not in CLOCKS} for r in result_or_state]
+
+
+MIDDLE, UNSAVED, LAST = 2, 3, 4
+"""Of four steps with ``eval_steps=1`` and ``save_steps=2``."""
+
+
+@pytest.mark.parametrize(
+    ("where", "step", "times"),
+    [
+        ("evaluation", MIDDLE, 1),
+        ("evaluation", UNSAVED, 2),
+        ("evaluation", LAST, 1),
+        ("samples", LAST, 1),
+        ("on_log of training", MIDDLE, 2),
+        ("on_log of training", LAST, 1),
+        ("on_log of evaluation", MIDDLE, 1),
+        ("on_log of evaluation", UNSAVED, 1),
+        ("on_log of evaluation", LAST, 2),
+    ],
+)
+def test_what_failed_is_made_up_for(base, processor, rows, tmp_path, where, step, times):
+    """An evaluation or an on_log that fails, even again and again: after a restart what was due is
+    done, so that checkpoints, histories, the best and the adapter are the undisturbed run's."""
+    changes = {
+        "max_steps": LAST, "learning_rate": 0.02, "warmup_steps": 0,
+        "save_steps": 2, "logging_steps": 1,
+        "eval_samples": int(where == "samples"), "eval_image_use": where == "samples",
+    }  # fmt: skip
+
+    def run(folder, failing, seed):
+        torch.manual_seed(seed)
+        model = failing.attach(iq.add_lora(copy.deepcopy(base), seed=seed))
+        config = config_of(tmp_path / folder, **changes)
+        return model, lambda: iq.train(
+            model, processor, rows, rows[4:6], config=config, on_log=failing.on_log
+        )
+
+    undisturbed = Failing("nowhere", 0)
+    whole_model, train = run("whole", undisturbed, 42)
+    whole = train()
+    told = []
+    for time in range(times):
+        # A process that goes on from this very step has no other record of it.
+        failing = Failing(where, step if time == 0 or where.startswith("on_log") else 0)
+        _, train = run("failed", failing, seed=42 + time)
+        with pytest.raises((ConnectionError, torch.OutOfMemoryError)):
+            train()
+        told += failing.told
+        assert iq.latest_checkpoint(tmp_path / "failed").name == f"checkpoint-{step}"
+    failing = Failing("nowhere", 0)
+    model, train = run("failed", failing, 7)
+    result = train()
+    told += failing.told
+
+    for saved in (MIDDLE, LAST):
+        name = f"checkpoint-{saved}"
+        assert differences(tmp_path / "whole" / name, tmp_path / "failed" / name) == []
+    assert history(result.log_history)[:-1] == history(whole.log_history)[:-1]
+    assert result.best_checkpoint.name == whole.best_checkpoint.name
+    theirs, ours = (iq.model.adapter_tensors(m) for m in (whole_model, model))
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    # on_log had every record once, and the one that it failed on once more each time.
+    once = [r for i, r in enumerate(told) if i == 0 or r != told[i - 1]]
+    assert once == undisturbed.told
+    assert len(told) - len(once) == (times if where.startswith("on_log") else 0)
+
+
 EXECUTIONS = {
     "bf16": {"precision": "bf16"},
     "adamw_torch": {"optim": "adamw_torch"},
