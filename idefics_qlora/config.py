@@ -31,11 +31,11 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(get_args(choices))}")
 
 
-def check_whole(**numbers: int) -> None:
-    """Raise ``ValueError`` unless all are whole numbers of at least 1."""
+def check_whole(smallest: int = 1, /, **numbers: int) -> None:
+    """Raise ``ValueError`` unless all are whole numbers of at least ``smallest``."""
     for name, number in numbers.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ValueError(f"{name}={number!r}: expected a whole number of at least 1")
+        if not isinstance(number, int) or isinstance(number, bool) or number < smallest:
+            raise ValueError(f"{name}={number!r}: expected a whole number of at least {smallest}")
 
 
 _STEPS = "every so many steps, if there are eval_rows"

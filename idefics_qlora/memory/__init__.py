@@ -11,14 +11,15 @@ pass would keep. So the estimate follows the installed versions of ``transformer
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +176,7 @@ class MemoryEstimate:
             return [f"{number / 2**30:.2f}" for number in numbers]
 
         both = (False, True)
-        plural = "s" if self.images > 1 else ""
+        plural = "" if self.images == 1 else "s"
         lines = [
             f"{self.name}: {self.text_tokens} text tokens and {self.images} image{plural} per "
             f"example, {self.precision}",
@@ -218,7 +219,8 @@ def estimate_memory(
     Args:
         checkpoint: Hub id (only its ``config.json`` is fetched), local folder, or configuration.
         text_tokens: Text tokens per example, those of image tokens included.
-        images: Images per example.
+        images: Images per example. A micro-batch without any takes as much as with one each,
+            because the model is given a blank one.
         micro_batch: Examples in one forward and backward pass. The estimate answers for every
             other number as well.
         gradient_checkpointing: Whether layers are recomputed. The estimate answers for both.
@@ -235,7 +237,8 @@ def estimate_memory(
         FileNotFoundError: If a local folder, or its ``config.json``, does not exist.
         ValueError: If a value cannot work, or the checkpoint holds another architecture.
     """
-    check_whole(text_tokens=text_tokens, images=images, micro_batch=micro_batch)
+    check_whole(text_tokens=text_tokens, micro_batch=micro_batch)
+    check_whole(0, images=images)
     check_choice("precision", precision, Precision)
     check_choice("optim", optim, Optim)
     config = _configuration(checkpoint, revision)
@@ -259,6 +262,15 @@ def estimate_memory(
     largest = max(range(len(three.inside)), key=three.inside.__getitem__)
     # At most: the gradients of gate, up and their product beside an MLP's weight, dequantised.
     dequantized = max((_num_weights(m) for m in _linear4bit(model)), default=0) * dtype.itemsize
+    # At most: an identity (fp32 and cast), the product of the matrices, scaled, and the weight.
+    dora = max(
+        (
+            4 * m.in_features**2 + dtype.itemsize * (m.in_features**2 + 4 * _num_weights(m))
+            for m in model.modules()
+            if getattr(m, "lora_magnitude_vector", None)
+        ),
+        default=0,
+    )
     return MemoryEstimate(
         name=getattr(config, "_name_or_path", "") or config.model_type,
         text_tokens=text_tokens,
@@ -274,7 +286,7 @@ def estimate_memory(
         kept=line(two.kept, three.kept) + logits,
         inputs=line(two.inputs, three.inputs) + logits,
         loss=Bytes(0, num_logits * LOSS_BYTES),
-        layer=line(3 * two.largest, 3 * three.largest) + Bytes(dequantized, 0),
+        layer=line(3 * two.largest, 3 * three.largest) + Bytes(max(dequantized, dora), 0),
         recomputed=line(two.inside[largest], three.inside[largest]),
     )
 
@@ -308,6 +320,9 @@ def _on_meta(
                         compute_dtype=dtype,
                         quant_type="nf4",
                     )
+                    layer.weight = bnb.nn.Params4bit(  # DoRA begins with the weights' norms
+                        _packed(layer), quant_state=_quant_state(layer, dtype), bnb_quantized=True
+                    )
                     parent, _, child = name.rpartition(".")
                     setattr(base.get_submodule(parent), child, layer)
             base.is_loaded_in_4bit = True  # as load_model leaves it; peft chooses its layers by it
@@ -321,7 +336,13 @@ def _on_meta(
 def _materialize(model: nn.Module, dtype: torch.dtype) -> None:
     """Move a model from the meta device to the current one, in the dtypes of training."""
     for layer in _linear4bit(model):
-        layer.weight = _quantized_weight(layer, dtype)
+        weight: Any = Parameter(_packed(layer), requires_grad=False)
+        weight.compress_statistics, weight.quant_type = True, "nf4"
+        weight.quant_state = _quant_state(layer, dtype)
+        layer.weight = weight
+        # peft (for DoRA) knows quantised weights by their class, which no tensor without data can
+        # have; a layer with this attribute is asked for them itself.
+        layer.W_q, layer.dequantize = None, partial(_dequantized, layer)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.device.type == "meta":
@@ -332,17 +353,17 @@ def _materialize(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _quantized_weight(module: Any, dtype: torch.dtype) -> Parameter:
-    """An NF4 weight as bitsandbytes makes it: two per byte, double quantisation of the scales."""
+def _packed(module: Any) -> Tensor:
+    """An NF4 weight as bitsandbytes stores it: two values per byte."""
+    return torch.empty(-(-_num_weights(module) // 2), 1, dtype=torch.uint8)
+
+
+def _quant_state(module: Any, dtype: torch.dtype) -> Any:
+    """The scales of its blocks, quantised themselves, as bitsandbytes makes them."""
     from bitsandbytes.functional import QuantState
 
-    number = _num_weights(module)
-    blocks = -(-number // 64)
-    weight = Parameter(torch.empty(-(-number // 2), 1, dtype=torch.uint8), requires_grad=False)
-    attributes: Any = weight
-    attributes.compress_statistics = True
-    attributes.quant_type = "nf4"
-    attributes.quant_state = QuantState(
+    blocks = -(-_num_weights(module) // 64)
+    return QuantState(
         absmax=torch.empty(blocks, dtype=torch.uint8),
         shape=torch.Size((module.out_features, module.in_features)),
         code=torch.empty(16),
@@ -357,6 +378,12 @@ def _quantized_weight(module: Any, dtype: torch.dtype) -> Parameter:
             dtype=torch.float32,
         ),
     )
+
+
+def _dequantized(module: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight: Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
     return weight
 
 
@@ -404,45 +431,61 @@ class _Saved:
 
 @dataclass
 class _Recorder:
-    """Notes which memory a forward pass saves, and in which layer."""
+    """Notes which memory a forward pass saves, and in which layer.
+
+    What is saved for a result that is not used in the end (DoRA's product of its matrices) is given
+    back before the backward pass, so it counts only as long as the graph holds on to it.
+    """
 
     known: dict[Any, int]
     """Memory that is there anyway: weights and the batch."""
-    saved: dict[Any, int] = field(default_factory=dict)
-    """Saved outside of the layers."""
-    by_layer: list[dict[Any, int]] = field(default_factory=list)
+    saved: list[tuple[int | None, weakref.ref[_Handle]]] = field(default_factory=list)
+    """For each saved tensor the number of its layer, and what the graph holds of it."""
+    num_layers: int = 0
     inputs: dict[Any, int] = field(default_factory=dict)
     in_layer: bool = False
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage not in self.known:
-            (self.by_layer[-1] if self.in_layer else self.saved)[storage] = storage.nbytes()
-        return tensor
+    def pack(self, tensor: Tensor) -> _Handle:
+        handle = _Handle(tensor)
+        if tensor.untyped_storage() not in self.known:
+            layer = self.num_layers - 1 if self.in_layer else None
+            self.saved.append((layer, weakref.ref(handle)))
+        return handle
 
     def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         self.inputs.update(_storages(tensors))
-        self.by_layer.append({})
+        self.num_layers += 1
         self.in_layer = True
 
     def leave(self, *_: Any) -> None:
         self.in_layer = False
 
     def result(self) -> _Saved:
-        outside = {**self.saved, **self.inputs}
-        everything = dict(self.saved)
-        for saved in self.by_layer:
-            everything |= saved
+        """What is saved; to be asked while the graph is there."""
+        by_layer: dict[int | None, list[Tensor]] = {n: [] for n in (None, *range(self.num_layers))}
+        for layer, handle in self.saved:
+            if (held := handle()) is not None:
+                by_layer[layer].append(held.tensor)
+        saved = {layer: _storages(tensors) for layer, tensors in by_layer.items()}
+        outside = {**saved.pop(None), **self.inputs}
+        everything = _storages([tensor for tensors in by_layer.values() for tensor in tensors])
         return _Saved(
             kept=_total(everything),
             inputs=_total(outside),
             inside=[
-                _total({s: size for s, size in saved.items() if s not in outside})
-                for saved in self.by_layer
+                _total({s: size for s, size in layer.items() if s not in outside})
+                for layer in saved.values()
             ],
-            largest=max((size for saved in self.by_layer for size in saved.values()), default=0),
+            largest=max((size for layer in saved.values() for size in layer.values()), default=0),
         )
+
+
+class _Handle:
+    """A saved tensor, as the graph holds it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def _forward(
@@ -455,6 +498,7 @@ def _forward(
 ) -> _Saved:
     """What a micro-batch leaves for the backward pass; all shapes as in training."""
     side = config.vision_config.image_size
+    images = max(1, images)  # as the collator has it
     batch = {
         # Looking additional tokens up depends on their number, that is, on data.
         "inputs_embeds": torch.empty(micro_batch, text_tokens, config.hidden_size, dtype=dtype),
@@ -472,12 +516,14 @@ def _forward(
     with (
         _FusedAttentionMode(),
         _cuda_autocast(dtype),
-        saved_tensors_hooks(recorder.pack, lambda tensor: tensor),
+        saved_tensors_hooks(recorder.pack, lambda handle: handle.tensor),
     ):
-        model(**batch, use_cache=False)
+        output = model(**batch, use_cache=False)
+        saved = recorder.result()
+    del output  # and with it the graph
     for hook in hooks:
         hook.remove()
-    return recorder.result()
+    return saved
 
 
 @contextmanager
@@ -539,23 +585,3 @@ def _storages(tensors: list[Tensor]) -> dict[Any, int]:
 def _total(storages: dict[Any, int]) -> int:
     """Bytes of memory, each piece rounded up to 512 bytes as the CUDA allocator does."""
     return sum(-(-size // 512) * 512 for size in storages.values())
-
-
-def main(arguments: list[str] | None = None) -> MemoryEstimate:
-    """Print the table of a checkpoint; returns the estimate."""
-    parser = argparse.ArgumentParser(
-        prog="python -m idefics_qlora.memory", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("checkpoint", help="Hub id or local folder")
-    parser.add_argument("--text-tokens", type=int, default=100, help="per example")
-    parser.add_argument("--images", type=int, default=1, help="per example")
-    parser.add_argument("--micro-batch", type=int, default=2)
-    parser.add_argument("--precision", choices=get_args(Precision), default="fp16")
-    parser.add_argument("--revision", help="of a Hub checkpoint")
-    estimate = estimate_memory(**vars(parser.parse_args(arguments)))
-    print(estimate)
-    return estimate
-
-
-if __name__ == "__main__":
-    main()
