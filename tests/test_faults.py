@@ -327,31 +327,6 @@ def test_out_of_memory_with_one_example_is_an_error(lora, processor, examples, t
     hook.remove()
 
 
-def test_a_window_that_never_fits_changes_no_random_state(base, processor, examples, tmp_path):
-    """What is saved before the error is the state before the window: with more memory the run ends
-    like one that always had it."""
-    settings = {"micro_batch_size": 1, "load_best_model_at_end": False, "save_steps": 3}
-    passes = []
-
-    def full_in_window_1(*_):  # when dropout has drawn
-        passes.append(None)
-        if len(passes) > SETTINGS["global_batch_size"]:
-            raise torch.OutOfMemoryError("injected")
-
-    config = config_of(tmp_path / "stopped", **settings)
-    model = iq.add_lora(copy.deepcopy(base))
-    model.get_base_model().register_forward_hook(full_in_window_1)
-    with pytest.raises(torch.OutOfMemoryError, match="not even a single example of window 1"):
-        iq.train(model, processor, examples, config=config)
-    assert iq.latest_checkpoint(tmp_path / "stopped").name == "checkpoint-1"
-    ends = []
-    for folder in ("stopped", "whole"):
-        model = iq.add_lora(copy.deepcopy(base))
-        iq.train(model, processor, examples, config=config_of(tmp_path / folder, **settings))
-        ends.append(adapter_tensors(model))
-    assert same(*ends)
-
-
 def test_the_search_for_an_overflow_changes_nothing(lora, processor, examples, tmp_path):
     """It sees the dropout masks of the window that overflowed, and the next window's are those it
     would have had without."""
