@@ -447,6 +447,18 @@ def evaluation_mode(model: Model) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def without_adapter(model: PeftModel) -> Iterator[None]:
+    """The base alone; afterwards the adapter works, and learns, as before."""
+    learns = {p: p.requires_grad for p in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in learns.items():  # peft lets the whole adapter learn
+            parameter.requires_grad_(requires_grad)
+
+
 def set_activation_checkpointing(model: PeftModel, enabled: bool) -> None:
     """Recompute layers in the backward pass instead of keeping their activations, or stop that."""
     base = model.get_base_model()

@@ -50,6 +50,7 @@ from idefics_qlora.diagnostics import (
     unmoved_modules,
     weight_marks,
 )
+from idefics_qlora.divergence import Divergence
 from idefics_qlora.evaluation import mean_loss
 from idefics_qlora.examples import ToExample
 from idefics_qlora.faults import (
@@ -274,6 +275,7 @@ class Run:
             self._samples = EvalSamples(inputs.held_out.reader, config.eval_samples, self.folder)
         self._marks = weight_marks(self._trainable)
         self._labels_checked = False
+        self._diverged: str | None = None
         model.train()
 
     @property
@@ -556,7 +558,8 @@ class Run:
         """Tell of a window whose fp16 gradients overflowed.
 
         Raises:
-            FloatingPointError: If it is one of too many in a row; the state is saved.
+            FloatingPointError: If it is one of too many in a row; the state is saved, unless
+                training has diverged.
         """
         state = self.state
         logger.warning(
@@ -565,15 +568,22 @@ class Run:
         )
         # The first skip is mostly a matter of scale; several in a row are not.
         tell = state.skipped_windows == 1 or state.skips_in_a_row in (3, MAX_SKIPS_IN_A_ROW)
+        diverged = self._divergence(window) if tell else None
         if tell and state.first_nonfinite_module is None:
-            self._explain_overflow(window)
+            self._explain_overflow(window, diverged)
+        if diverged:
+            self._diverged = str(diverged)
+            if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
+                # Not saved: it would be of no use, and might take a sound checkpoint's place.
+                raise FloatingPointError(self._way_back(diverged))
+            logger.warning("%s: lower learning_rate", diverged)
         if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
             error = _endless_overflow(state)
             state.skips_in_a_row = 0  # a resumed run may try as often again
             self.save()  # the lower scale as well, though the step may be saved already
             raise error
 
-    def _explain_overflow(self, window: Window) -> None:
+    def _explain_overflow(self, window: Window, diverged: Divergence | None) -> None:
         # The pass is done again to say where it was, with the same dropout masks.
         state = self.state
         rng = rng_tensors(state.device)
@@ -587,29 +597,64 @@ class Run:
             return
         finally:
             restore_rng(rng, state.device)
-        if state.first_nonfinite_module is None:
-            logger.warning(
-                "its forward pass is finite: the loss scale was too large, as is usual at first"
-            )
-        else:
+        if state.first_nonfinite_module is not None:
             logger.warning(
                 "the first module with an output that is not finite is %s",
                 state.first_nonfinite_module,
             )
+        elif not diverged:
+            logger.warning(
+                "its forward pass is finite: the loss scale was too large, as is usual at first"
+            )
+
+    def _divergence(self, window: Window) -> Divergence | None:
+        """Whether the adapter is to blame for values that are not finite; a fresh one is not."""
+        state = self.state
+        if state.global_step == 0:
+            return None
+        try:
+            batches = window.to(state.device).micro_batches(state.micro_batch_size)
+            return Divergence(state.model, batches) or None
+        except Exception as error:  # an explanation must not end a run
+            logger.warning("whether training has diverged cannot be told: %s", error)
+            return None
+
+    def _way_back(self, diverged: Divergence) -> str:
+        """What to do after training has diverged: not to go on from where it had already."""
+        state = self.state
+        newest_first = checkpoints(self.folder)[::-1]
+        best = self.best_checkpoint
+        sound = diverged.sound(([] if best is None else [best]) + newest_first)
+        anew = ""
+        if sound is not None:
+            anew = (
+                f", or with {sound.name}'s adapter: load_finetuned({str(sound)!r}, trainable=True)"
+            )
+        broken = ""
+        if newest_first and diverged.sound(newest_first[:1]) is None:
+            broken = f"; do not go on from the newest, {newest_first[0].name}: it is broken already"
+        return (
+            f"{state.skips_in_a_row} windows in a row had fp16 gradients that overflow (step "
+            f"{state.global_step}), because {diverged}. Lower learning_rate="
+            f"{self.config.learning_rate:g} and start anew in another output_dir, from the "
+            f"beginning{anew}{broken}"
+        )
 
     def dump(self, window: Window) -> str:
-        """Save what led to a value that is not finite; the words that tell where."""
+        """Save what led to a value that is not finite; the words that tell where, and why."""
         state = self.state
+        diverged = self._divergence(window)
+        why = f"{diverged}: lower learning_rate; " if diverged else ""
         folder = self.folder / f"failed-window-{state.window}"
         names = ("input_ids", "attention_mask", "labels", "pixel_values", "image_attention_mask")
         tensors = {name: getattr(window.batch, name) for name in names}
         try:
             save_checkpoint(folder, state.snapshot(rng=state.window_rng), extra=tensors)
         except OSError as error:
-            return f"the state before it could not be saved ({error})"
+            return f"{why}the state before it could not be saved ({error})"
         return (
-            f"the state before it is in {folder}, with the window's tensors in extra.safetensors: "
-            f"resume={str(folder)!r} does the window again"
+            f"{why}the state before it is in {folder}, with the window's tensors in "
+            f"extra.safetensors: resume={str(folder)!r} does the window again"
         )
 
     def _load_best(self) -> None:
@@ -654,7 +699,7 @@ class Run:
             metrics=metrics,
             log_history=[*state.log_history, {**metrics, "step": state.global_step}],
             best_checkpoint=self.best_checkpoint,
-            fp16_ledger=_fp16_ledger(state),
+            fp16_ledger=_fp16_ledger(state, self._diverged),
             stopped_by=None if stopped is None else stopped.name,
         )
 
@@ -680,12 +725,14 @@ def _first_rows(
     return fingerprint, seen
 
 
-def _fp16_ledger(state: TrainState) -> dict[str, Any] | None:
+def _fp16_ledger(state: TrainState, diverged: str | None) -> dict[str, Any] | None:
     if not state.scaler.is_enabled():
         return None
     share = state.skipped_windows / max(1, state.window)
     advice = "nothing to do: a few skipped windows at the start are usual"
-    if state.first_nonfinite_module is not None:
+    if diverged is not None:
+        advice = f"{diverged}: lower learning_rate"
+    elif state.first_nonfinite_module is not None:
         advice = (
             f"the output of {state.first_nonfinite_module} overflowed: set precision='bf16' on an "
             "Ampere GPU or newer, or 'fp32'"
