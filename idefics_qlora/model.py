@@ -186,16 +186,23 @@ def load_finetuned(
     tensors, values, state = load_adapter_files(folder)
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = not trainable
-    base = base or values.get("base_model_name_or_path")
+    recorded: str = values.get("base_model_name_or_path") or ""
+    base = base or recorded
     if not base:
         raise ValueError(f"{folder / 'adapter_config.json'} names no base model: pass base=...")
     model, processor = load_model(base, **load_options)
-    if state is not None and not same_base(state["base"], found := base_fingerprint(model)):
+    verified = state is not None and same_base(state["base"], found := base_fingerprint(model))
+    if state is not None and not verified:
         raise ValueError(
             f"the adapter {folder} was trained on another base model than {base} (fingerprint "
             f"{state['base']}, here {found}): pass the right one as base=..."
         )
+    config.base_model_name_or_path = None  # peft would warn that it is called otherwise now
     peft_model = _attach(model, config)
+    # A copy of the base: whoever gets the adapter, trained further, finds the base by its Hub id.
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", recorded) and not Path(recorded).exists()
+    if verified and is_hub_id:
+        peft_model.active_peft_config.base_model_name_or_path = recorded
     load_adapter(peft_model, tensors, str(folder / ADAPTER))
     return peft_model.eval(), processor
 
@@ -235,7 +242,9 @@ def same_base(a: dict[str, str], b: dict[str, str]) -> bool:
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """The adapter's tensors under the names of ``peft``'s own file format."""
-    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(
+        model, adapter_name=model.active_adapter, save_embedding_layers=False
+    )
     return tensors
 
 
@@ -259,7 +268,7 @@ def load_adapter(model: PeftModel, tensors: dict[str, Tensor], source: str) -> N
             f"the adapter {source} does not fit this model: {'; '.join(problems[:3])}{more}; "
             "it was trained on another base, or with another LoRA configuration"
         )
-    set_peft_model_state_dict(model, tensors)
+    set_peft_model_state_dict(model, tensors, adapter_name=model.active_adapter)
 
 
 def adapter_config(model: PeftModel) -> dict[str, Any]:
@@ -562,7 +571,7 @@ def _checked_source(checkpoint: str | os.PathLike[str]) -> str:
             f"{str(folder)!r} has no config.json: expected a folder as save_pretrained writes it "
             "(config.json, weights, tokenizer and image processor files)"
         )
-    return str(folder)
+    return str(folder.absolute())  # what an adapter records must lead there from anywhere
 
 
 def _linear4bit_modules(model: Model) -> list[Any]:

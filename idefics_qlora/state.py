@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -259,7 +260,11 @@ class TrainState:
         )
 
     def _parameter_names(self) -> dict[Parameter, str]:
-        return {p: name for name, p in trainable_parameters(self.model).items()}
+        # An adapter goes by peft's usual name in a checkpoint, whatever the user calls it.
+        name = re.escape(self.model.active_adapter)
+        own = re.compile(rf"(\.lora_\w+|\.modules_to_save)\.{name}(?=\.|$)")
+        trainable = trainable_parameters(self.model)
+        return {p: own.sub(r"\1.default", name) for name, p in trainable.items()}
 
 
 def rng_tensors(device: torch.device) -> dict[str, Tensor]:

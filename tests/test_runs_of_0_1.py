@@ -86,7 +86,6 @@ def test_other_rows_are_still_told_from_those_of_0_1(tmp_path):
         write.train("fp32", tmp_path / "run", write.rows_of(tmp_path / "rows"))
 
 
-@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
 def test_an_adapter_of_0_1_loads(tmp_path):
     """``load_finetuned`` takes a checkpoint of 0.1, with its base where it is now."""
     model, _ = iq.load_finetuned(HERE / "fp16" / LAST, base=iq.tiny.BASE, device="cpu")
