@@ -469,7 +469,10 @@ class Run:
         except ValueError as error:
             logger.warning("whether the model looks cannot be told: %s", error)
             return {}
-        logger.log(logging.INFO if use.looks else logging.WARNING, "%s", use)
+        if use.looks:
+            logger.info("%s", use)
+        else:
+            self.notices.warn("an evaluation in which the model did not look", str(use))
         return {
             "eval_loss_another_image": use.loss["another"],
             "eval_loss_blank_image": use.loss["blank"],

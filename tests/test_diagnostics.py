@@ -236,6 +236,28 @@ def test_a_model_that_does_not_look(taught, tmp_path, caplog):
     assert any("does not look at the pictures" in text for text in warnings_of(caplog))
 
 
+def test_a_model_that_all_but_ignores_pictures(taught):
+    """Gates nearly shut: a gain above its 95 % interval's zero, and yet too little to matter."""
+    model, processor, cards = taught
+    dim = copy.deepcopy(model)
+    for name, parameter in dim.named_parameters():
+        if "alpha" in name:
+            parameter.data *= 0.003
+    use = iq.image_use(dim, processor, cards, to_example=pokemon_card_example)
+    assert use.gain[1] > 0
+    assert not use.looks
+    assert str(use).startswith("This model hardly looks at the pictures")
+
+
+def test_rows_that_share_a_picture_are_one_witness(taught):
+    """Four pictures asked about eight times each tell no more than four rows do."""
+    model, processor, cards = taught
+    use = iq.image_use(model, processor, cards[:4] * 8, to_example=pokemon_card_example)
+    assert use.num_rows == 32
+    assert use.gain[1] > 0.1
+    assert str(use).startswith("32 rows cannot tell")
+
+
 def test_pictures_are_needed_to_tell(base, processor, examples):
     """Fewer than two rows with pictures cannot be compared."""
     rows = [examples[0], iq.Example(["What?"], " Nothing.")]
