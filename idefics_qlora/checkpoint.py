@@ -12,20 +12,22 @@ This module sees only tensors and JSON values, never the loop or the model.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
@@ -41,6 +43,38 @@ STATE = "state.json"
 MANIFEST = "manifest.json"
 FORMAT = "idefics_qlora-1"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_LEFTOVER = re.compile(r"\.((?:checkpoint|failed-window)-[0-9]+)\.(incomplete|replaced|deleted)")
+
+_NUMBER = (int, float)
+_STATE: dict[str, Any] = {
+    **dict.fromkeys(("global_step", "total_steps", "window", "skipped_windows"), int),
+    **dict.fromkeys(("skips_in_a_row", "micro_batch_size", "num_examples", "num_images"), int),
+    **dict.fromkeys(("num_tokens", "num_bad_rows", "unlogged_steps"), int),
+    **dict.fromkeys(("seconds", "loss_sum", "unlogged_loss"), _NUMBER),
+    **dict.fromkeys(("scaler", "optimizer", "config", "environment", "base", "train_rows"), dict),
+    **dict.fromkeys(("position", "eval_rows"), (dict, NoneType)),
+    **dict.fromkeys(("best_checkpoint", "first_nonfinite_module"), (str, NoneType)),
+    "best_metric": (*_NUMBER, NoneType),
+    "log_history": list,
+    "growing": bool,
+}
+"""What a state of any version has. Whoever reads it looks closer."""
+_INSIDE = {
+    "base": {"architecture", "weights", "rounding"},
+    "config": {"precision", "micro_batch_size", "seed", "global_batch_size"},
+    "environment": {"versions"},
+    "train_rows": {"number", "first"},
+}
+"""Keys of some of its objects."""
+_MAY_HAVE = {"run": str, "finished_step": int, "num_told": int}
+"""What that of 0.1 does not have."""
+
+_DAMAGE = frozenset(
+    getattr(errno, name)
+    for name in ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG", "ENXIO", "ENODEV")
+)
+"""Errors that tell of a file that is none. All others may pass, and must not make a good checkpoint
+look damaged."""
 
 
 def resolved(folder: str | os.PathLike[str]) -> Path:
@@ -138,15 +172,24 @@ def load_checkpoint(folder: Path) -> Snapshot:
     """Read a checkpoint of the training loop back, verifying every byte.
 
     Raises:
-        CheckpointError: If a file is missing, truncated or altered.
+        CheckpointError: If a file is missing, truncated or altered, or does not hold what it must.
+        OSError: If a file cannot be read for a reason that may pass.
     """
     contents = _verified(folder)
+    state = _mapping(folder / STATE, contents[STATE])
+    for name, kind in {**_STATE, **{n: k for n, k in _MAY_HAVE.items() if n in state}}.items():
+        if name not in state or not isinstance(state[name], kind):
+            what = f"a {type(state[name]).__name__} as" if name in state else "no"
+            raise CheckpointError(f"{folder / STATE} cannot be used: it has {what} {name!r}")
+    for name, keys in _INSIDE.items():
+        if missing := sorted(keys - state[name].keys()):
+            raise CheckpointError(f"{folder / STATE} cannot be used: {name!r} lacks {missing}")
     return Snapshot(
-        adapter=load(contents[ADAPTER]),
-        adapter_config=json.loads(contents[ADAPTER_CONFIG]),
-        optimizer=load(contents[OPTIMIZER]),
-        rng=load(contents[RNG]),
-        state=json.loads(contents[STATE]),
+        adapter=_tensors(folder / ADAPTER, contents[ADAPTER]),
+        adapter_config=_mapping(folder / ADAPTER_CONFIG, contents[ADAPTER_CONFIG]),
+        optimizer=_tensors(folder / OPTIMIZER, contents[OPTIMIZER]),
+        rng=_tensors(folder / RNG, contents[RNG]),
+        state=state,
     )
 
 
@@ -177,11 +220,11 @@ def check_run(folder: Path, state: dict[str, Any], run: str | None) -> None:
 def is_of_run(folder: Path, run: str | None) -> bool:
     """Whether a checkpoint, as far as its state tells, was written by a run; if in doubt, not."""
     try:
-        state = json.loads((folder / STATE).read_bytes())
+        state = _mapping(folder / STATE, _read(folder / STATE))
         check_step(folder, state)
         check_run(folder, state, run)
         return (folder / MANIFEST).is_file()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, CheckpointError, KeyError):
         return False
 
 
@@ -211,22 +254,19 @@ def load_adapter_files(
         return snapshot.adapter, snapshot.adapter_config, snapshot.state
     if (folder / STATE).is_file():
         raise CheckpointError(f"{folder / MANIFEST} is missing: the checkpoint is not whole")
-    name = ADAPTER
-    try:
-        tensors = load((folder / ADAPTER).read_bytes())
-        name = ADAPTER_CONFIG
-        return tensors, json.loads((folder / ADAPTER_CONFIG).read_bytes()), None
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
+    adapter, config = folder / ADAPTER, folder / ADAPTER_CONFIG
+    return _tensors(adapter, _read(adapter)), _mapping(config, _read(config)), None
 
 
 def clear_leftovers(output_dir: Path) -> None:
     """Remove what writers that died have left behind; call it only as the folder's one owner."""
-    for path in output_dir.glob(".*"):
-        whole = path.with_name(path.stem.removeprefix("."))
-        if path.suffix == ".replaced" and not whole.exists():
+    for path in output_dir.iterdir():
+        if (name := _LEFTOVER.fullmatch(path.name)) is None:
+            continue
+        whole = path.with_name(name[1])
+        if name[2] == "replaced" and path.is_dir() and not os.path.lexists(whole):
             path.rename(whole)
-        elif path.suffix in (".incomplete", ".replaced", ".deleted"):
+        else:
             _remove(path)
 
 
@@ -237,6 +277,11 @@ def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
         return []
     found = [(step_of(path.name), path) for path in folder.iterdir() if path.is_dir()]
     return [path for _, path in sorted((step, path) for step, path in found if step is not None)]
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether this library wrote a ``checkpoint-N`` folder, whole or damaged."""
+    return any(os.path.lexists(folder / name) for name in (MANIFEST, STATE, RNG))
 
 
 def latest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
@@ -250,7 +295,7 @@ def latest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     """
     for folder in reversed(checkpoints(output_dir)):
         try:
-            check_step(folder, json.loads(_verified(folder)[STATE]))
+            check_step(folder, load_checkpoint(folder).state)
         except CheckpointError as error:
             logger.warning("passed over: %s", error)
         else:
@@ -298,7 +343,7 @@ def set_aside(output_dir: Path, step: int) -> None:
     """Rename the checkpoints of later steps than the one from which the run goes on."""
     for folder in reversed(checkpoints(output_dir)):  # the newest first, should this be cut short
         there = step_of(folder.name)
-        if there is not None and there > step and (folder / MANIFEST).is_file():
+        if there is not None and there > step and is_ours(folder):
             aside = _set_aside(folder)
             logger.warning("%s is now %s: the run goes on from step %d", folder, aside.name, step)
 
@@ -314,47 +359,97 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _remove(folder: Path) -> None:
-    """Delete a folder if it is there; a failure is reported and otherwise ignored."""
+def _remove(path: Path) -> None:
+    """Delete a folder, file or link if it is there; a failure is reported and otherwise ignored."""
     try:
-        shutil.rmtree(folder)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     except FileNotFoundError:
         pass
     except OSError as error:
-        logger.warning("%s cannot be deleted: %s", folder, error)
+        logger.warning("%s cannot be deleted: %s", path, error)
 
 
 def _verified(folder: Path) -> dict[str, bytes]:
     """Content of every file of a checkpoint, each compared with the manifest."""
-    # Another OSError than a missing file may pass: it must not make a good checkpoint look damaged.
+    manifest = _mapping(folder / MANIFEST, _read(folder / MANIFEST))
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
         files = {str(name): (f["size"], f["sha256"]) for name, f in manifest["files"].items()}
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']!r}, expected {FORMAT!r}")
         if missing := {ADAPTER, ADAPTER_CONFIG, OPTIMIZER, RNG, STATE} - files.keys():
             raise ValueError(f"it does not list {sorted(missing)}")
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(size, int) for size, _ in files.values()):
+            raise ValueError("a size is no number")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder / MANIFEST} cannot be read: {type(error).__name__}: {error}"
         ) from error
     contents = {}
     for name, (size, _) in files.items():
-        try:
-            content = (folder / name).read_bytes()
-        except (FileNotFoundError, ValueError) as error:
-            raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
-        if len(content) != size:
-            raise CheckpointError(
-                f"{folder / name} has {len(content)} bytes, its manifest says {size!r}"
-            )
-        contents[name] = content
+        contents[name] = _read(folder / name, size)
     with ThreadPoolExecutor() as pool:
         sums = dict(zip(contents, pool.map(_sha256, contents.values()), strict=True))
     for name, (_, expected) in files.items():
         if sums[name] != expected:
             raise CheckpointError(f"{folder / name} was altered: its SHA-256 differs")
     return contents
+
+
+def _read(path: Path, size: int | None = None) -> bytes:
+    """Content of a file.
+
+    Args:
+        path: The file.
+        size: Bytes that it must have.
+
+    Raises:
+        CheckpointError: If there is no such file, or it has another size.
+        OSError: If it cannot be read for a reason that may pass.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path} cannot be read: it is no file")
+            if size not in (None, status.st_size):
+                raise CheckpointError(
+                    f"{path} has {status.st_size} bytes, its manifest says {size}"
+                )
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(descriptor)
+    except CheckpointError:
+        raise
+    except ValueError as error:  # a name that cannot be one
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _mapping(path: Path, content: bytes) -> dict[str, Any]:
+    """A file's JSON object."""
+    try:
+        value = json.loads(content)
+        if not isinstance(value, dict):
+            raise ValueError(f"it is no object but {value!r:.40}")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
+    """A file's tensors, on the CPU."""
+    try:
+        return load(content)
+    except Exception as error:  # what the library raises for a header that is none is not told
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _sha256(*parts: Part) -> str:

@@ -6,6 +6,7 @@ Nothing here knows the loop; it asks these objects and decides.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -134,12 +135,23 @@ class BadRows:
         self.policy = policy
         self.ledger = ledger
         self.reasons: dict[str, str] = {}
-        if ledger is not None and ledger.exists():
-            # A killed process may have left half a line.
-            for line in ledger.read_text().splitlines():
-                with contextlib.suppress(ValueError, KeyError):
-                    record = json.loads(line)
-                    self.reasons[record["row"]] = f"{record['row']}: {record['reason']}"
+        if ledger is None or not os.path.lexists(ledger):
+            return
+        try:
+            if not ledger.is_file():  # a pipe would block
+                raise OSError(errno.EINVAL, "it is no file")
+            lines = ledger.read_bytes().splitlines()
+        except OSError as error:
+            logger.warning(
+                "%s cannot be read (%s): bad rows are not noted there; delete it",
+                *(ledger, error.strerror),
+            )
+            self.ledger = None
+            return
+        for line in lines:  # a killed process may have left half of one
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                record = json.loads(line)
+                self.reasons[record["row"]] = f"{record['row']}: {record['reason']}"
 
     def note(self, bad: Iterable[BadRow]) -> None:
         """Raise, or note the rows that are new.
@@ -210,10 +222,13 @@ class RunLock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._locked()
         except OSError as error:
+            way_out = "choose another folder"
+            if os.path.lexists(self._path) and not self._path.is_file():
+                way_out = f"delete {self._path}, which is no file"
             raise type(error)(
                 error.errno,
-                f"output_dir={str(self.folder)!r} cannot be written to ({error.strerror}): choose "
-                "another folder",
+                f"output_dir={str(self.folder)!r} cannot be written to ({error.strerror}): "
+                f"{way_out}",
                 str(self._path),
             ) from error
         RunLock._files.add(self._file)

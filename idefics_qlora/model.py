@@ -41,7 +41,12 @@ from transformers import (
     IdeficsForVisionText2Text,
 )
 
-from idefics_qlora.checkpoint import ADAPTER, load_adapter_files
+from idefics_qlora.checkpoint import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    CheckpointError,
+    load_adapter_files,
+)
 from idefics_qlora.cpu import prepare_for_cpu
 
 Model: TypeAlias = IdeficsForVisionText2Text | PeftModel
@@ -184,7 +189,12 @@ def load_finetuned(
     folder = Path(checkpoint).expanduser()
     # Read on the CPU, before the base takes the GPU's memory.
     tensors, values, state = load_adapter_files(folder)
-    config = LoraConfig.from_pretrained(str(folder))
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} is no configuration of peft: {error}"
+        ) from error
     config.inference_mode = not trainable
     recorded: str = values.get("base_model_name_or_path") or ""
     base = base or recorded

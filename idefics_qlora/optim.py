@@ -127,8 +127,21 @@ def load_optimizer_state(
     names: dict[Parameter, str],
     tensors: dict[str, Tensor],
     scalars: dict[str, dict[str, Any]],
+    complete: bool = False,
 ) -> None:
-    """Put a state from :func:`optimizer_state` back."""
+    """Put a state from :func:`optimizer_state` back.
+
+    Args:
+        optimizer: As :func:`make_optimizer` gave it.
+        names: Name of every parameter it holds.
+        tensors: As they were returned.
+        scalars: As they were returned.
+        complete: Whether every parameter must have a state. Before :func:`allocate_states` those
+            without a gradient had none.
+
+    Raises:
+        ValueError: If a state is missing, of another parameter, or not what the optimizer makes.
+    """
     by_name: dict[str, dict[str, Any]] = {name: dict(values) for name, values in scalars.items()}
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition("::")
@@ -138,11 +151,27 @@ def load_optimizer_state(
         raise ValueError(
             f"the optimizer state belongs to other parameters: {sorted(by_name.keys() - known)[:3]}"
         )
+    if complete and (missing := sorted(known - by_name.keys())):
+        raise ValueError(f"the optimizer has no state of {missing[:3]}")
+    for parameter, name in names.items():
+        if name in by_name:
+            _check_state(name, parameter, by_name[name])
     groups = optimizer.state_dict()["param_groups"]
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {i: by_name[names[p]] for i, p in enumerate(order) if names[p] in by_name}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     _page_again(optimizer)
+
+
+def _check_state(name: str, parameter: Parameter, state: dict[str, Any]) -> None:
+    of_torch = "exp_avg" in state
+    moments = ("exp_avg", "exp_avg_sq") if of_torch else ("state1", "state2")
+    quantised = getattr(state.get("state1"), "dtype", None) == torch.uint8
+    maps = ("qmap1", "qmap2", "absmax1", "absmax2") if quantised else ()
+    if missing := {"step", *moments, *maps} - state.keys():
+        raise ValueError(f"the optimizer's state of {name} lacks {sorted(missing)}")
+    if any(state[key].shape != parameter.shape for key in moments):
+        raise ValueError(f"the optimizer's state of {name} has another shape")
 
 
 def _page_again(optimizer: Any) -> None:

@@ -5,6 +5,7 @@ The loop itself is in ``training.py``; a :class:`Run` does for it all that is no
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -24,7 +25,6 @@ from idefics_qlora import model as models
 from idefics_qlora.access import ImageAccess
 from idefics_qlora.batches import Collator
 from idefics_qlora.checkpoint import (
-    MANIFEST,
     CheckpointError,
     Snapshot,
     check_run,
@@ -33,7 +33,7 @@ from idefics_qlora.checkpoint import (
     checkpoints,
     clear_leftovers,
     is_of_run,
-    latest_checkpoint,
+    is_ours,
     load_checkpoint,
     resolved,
     rotate,
@@ -235,10 +235,7 @@ class Run:
             unlogged_loss=torch.zeros((), dtype=torch.float64, device=device),
         )
         way_out = "make the adapter anew with add_lora, or load it from a checkpoint that is sound"
-        if (checkpoint := _resume_from(config, folder)) is not None:
-            snapshot = load_checkpoint(checkpoint)
-            check_step(checkpoint, snapshot.state)
-            self.state.restore(snapshot, checkpoint)
+        if (checkpoint := self._resume()) is not None:
             way_out = f"{checkpoint} holds them: delete it, or resume from an earlier one"
         models.check_finite(self._trainable, way_out)
         if checkpoint is not None:
@@ -285,6 +282,38 @@ class Run:
             return None
         best = checkpoint_path(self.folder, self.state.best_step)
         return best if is_of_run(best, self.state.run) else None
+
+    def _resume(self) -> Path | None:
+        """Put the state of the checkpoint back that ``config.resume`` asks for; tells which.
+
+        Raises:
+            CheckpointError: If none can be used, though there are some.
+            OSError: If one cannot be read for a reason that may pass: it is not passed over.
+        """
+        chosen = _resume_from(self.config, self.folder)
+        for checkpoint in reversed(chosen):
+            try:
+                snapshot = load_checkpoint(checkpoint)
+                check_step(checkpoint, snapshot.state)
+                self.state.restore(snapshot, checkpoint)
+                return checkpoint
+            except CheckpointError as error:
+                if self.config.resume != "auto":
+                    raise
+                logger.warning("passed over: %s", error)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"{checkpoint} cannot be read ({error.strerror}), though it may be whole: "
+                    "mend that and start again, or move it out of the folder to go on without it",
+                    error.filename,
+                ) from error
+        if damaged := [folder.name for folder in chosen if is_ours(folder)]:
+            raise CheckpointError(
+                f"none of {', '.join(damaged)} in {self.folder} is whole, as the log says: mend or "
+                "delete them, or choose another output_dir"
+            )
+        return None
 
     def _take_over(self, origin: Path) -> None:
         """Make the folder that of the run as it was at the step from which it goes on.
@@ -502,8 +531,8 @@ class Run:
             if ends or self.config.on_save_error == "raise":
                 raise OSError(
                     error.errno,
-                    f"{message}; make room, then start the script again: it goes on from the "
-                    "newest checkpoint",
+                    f"{message}; {_way_out(error)}, then start the script again: it goes on from "
+                    "the newest checkpoint",
                 ) from error
             logger.error("%s; training goes on and tries again later", message)
         else:
@@ -765,23 +794,28 @@ def _endless_overflow(state: TrainState) -> FloatingPointError:
     )
 
 
-def _resume_from(config: TrainConfig, output_dir: Path) -> Path | None:
+def _way_out(error: OSError) -> str:
+    """What to do about a checkpoint that could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room"
+    if error.errno == errno.EFBIG:
+        return "allow larger files (ulimit -f)"
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
+        return "delete or rename what is in its way"
+    return "mend that"
+
+
+def _resume_from(config: TrainConfig, output_dir: Path) -> list[Path]:
+    """The checkpoints from which the run may go on, the best choice last."""
     if config.resume == "auto":
-        newest = latest_checkpoint(output_dir)
-        damaged = [f for f in checkpoints(output_dir) if (f / MANIFEST).is_file()]
-        if newest is None and damaged:
-            raise CheckpointError(
-                f"none of {', '.join(f.name for f in damaged)} in {output_dir} is whole, as "
-                "the log says: mend or delete them, or choose another output_dir"
-            )
-        return newest
+        return checkpoints(output_dir)
     if config.resume == "never":
         if existing := checkpoints(output_dir):
             raise ValueError(
                 f"resume='never', but {existing[-1]} exists: choose another output_dir, delete the "
                 "old run, or continue it with resume='auto'"
             )
-        return None
+        return []
     folder = Path(os.path.expanduser(config.resume))
     # A run may keep links to checkpoints that lie elsewhere; to others they are what they lead to.
     beside = resolved(folder.parent) / folder.name
@@ -792,7 +826,7 @@ def _resume_from(config: TrainConfig, output_dir: Path) -> Path | None:
             f"resume={str(folder)!r} is no folder: expected a checkpoint, 'auto' or 'never'; "
             f"{str(folder.parent)!r} has {', '.join(there) or 'no checkpoints'}"
         )
-    return folder
+    return [folder]
 
 
 class _Clock:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn import Parameter
 
-from idefics_qlora.checkpoint import Snapshot, checkpoint_path, step_of
+from idefics_qlora.checkpoint import CheckpointError, Snapshot, checkpoint_path, step_of
 from idefics_qlora.config import TrainConfig
 from idefics_qlora.diagnostics import Coverage
 from idefics_qlora.machine import COMPUTING, environment
@@ -170,28 +172,23 @@ class TrainState:
         Raises:
             ValueError: If a setting, the rows or the base differ in a way that would change the
                 mathematics; the message lists all that differ.
+            CheckpointError: If the checkpoint lacks something, or has it of another kind. Some of
+                it may have been put back then.
         """
-        self._check_same_run(snapshot, source)
-        state = snapshot.state
-        done = {"finished_step": state["global_step"], "num_told": len(state["log_history"])}
-        state = {**done, **state}  # 0.1 kept no account of these
-        load_adapter(self.model, snapshot.adapter, str(source))
-        names = self._parameter_names()
-        load_optimizer_state(self.optimizer, names, snapshot.optimizer, state["optimizer"])
-        if state["scaler"]:  # it was fp16
-            self.scaler.load_state_dict(state["scaler"])
-        micro_batch = self.micro_batch_size, self.growing
-        for name in _COUNTERS:
-            setattr(self, name, state[name])
-        if state["config"]["micro_batch_size"] != self.config.micro_batch_size:
-            self.micro_batch_size, self.growing = micro_batch
-        self.unlogged_loss.fill_(state["unlogged_loss"])
-        self.run = state.get("run", self.run)  # 0.1 had none
-        best = state["best_checkpoint"]
-        self.best_step = None if best is None else step_of(best)
-        restore_rng(snapshot.rng, self.device)
+        with _needing_all_of(source):
+            problems = self._differences(snapshot)
+        if problems:
+            raise ValueError(
+                f"{source} is of a run that computes something else:\n"
+                + "\n".join(f"  - {problem}" for problem in problems)
+                + "\nContinue with the old values, or start anew in another output_dir"
+            )
+        with _needing_all_of(source):
+            self._put_back(snapshot, source)
+            self._tell_changes(snapshot.state, source)
 
-    def _check_same_run(self, snapshot: Snapshot, source: Path) -> None:
+    def _differences(self, snapshot: Snapshot) -> list[str]:
+        """What differs so that another run would result."""
         old, new = snapshot.state["config"], self.config.to_json()
         problems = [
             f"{name}: {old[name]!r} there, {new[name]!r} here"
@@ -214,35 +211,70 @@ class TrainState:
             what = f"{there['number']} rows there, {here.number} here"
             same_number = there["number"] == here.number
             problems.append(f"train_rows: {'other content' if same_number else what}")
-        if problems:
-            raise ValueError(
-                f"{source} is of a run that computes something else:\n"
-                + "\n".join(f"  - {problem}" for problem in problems)
-                + "\nContinue with the old values, or start anew in another output_dir"
-            )
-        there, here = origin["eval_rows"], self.origin["eval_rows"]
+        return problems
+
+    def _put_back(self, snapshot: Snapshot, source: Path) -> None:
+        state = snapshot.state
+        has_run = "run" in state  # 0.1 had none, and kept no account of these two
+        done = {"finished_step": state["global_step"], "num_told": len(state["log_history"])}
+        state = {**done, **state}
+        if not all(record["step"] <= state["global_step"] for record in state["log_history"]):
+            raise ValueError("its history goes beyond it")
+        if state["position"] is not None:
+            _ = [state["position"][key] for key in ("epoch", "row", "stream")]
+        load_adapter(self.model, snapshot.adapter, str(source))
+        names = self._parameter_names()
+        tensors, scalars = snapshot.optimizer, state["optimizer"]
+        load_optimizer_state(self.optimizer, names, tensors, scalars, complete=has_run)
+        scaler = state["scaler"]
+        if bool(scaler) != (state["config"]["precision"] == "fp16"):
+            raise ValueError(f"scaler={scaler} with {state['config']['precision']}")
+        if scaler:
+            if not all(isinstance(value, (int, float)) for value in scaler.values()):
+                raise TypeError(f"scaler={scaler}")
+            self.scaler.load_state_dict(scaler)
+        micro_batch = self.micro_batch_size, self.growing
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        if state["config"]["micro_batch_size"] != self.config.micro_batch_size:
+            self.micro_batch_size, self.growing = micro_batch
+        self.unlogged_loss.fill_(state["unlogged_loss"])
+        self.run = state.get("run", self.run)
+        best = state["best_checkpoint"]
+        self.best_step = None if best is None else step_of(best)
+        if (self.best_step is None) != (self.best_metric is None):
+            raise ValueError(f"best_checkpoint={best!r} with best_metric={self.best_metric!r}")
+        try:
+            restore_rng(snapshot.rng, self.device)
+        except RuntimeError as error:
+            raise ValueError(f"random states that are none: {error}") from error
+
+    def _tell_changes(self, state: dict[str, Any], source: Path) -> None:
+        """Tell what differs from how the checkpoint was made, though the run goes on."""
+        there, here = state["eval_rows"], self.origin["eval_rows"]
         if there is not here and (there is None or here is None or not here.fits(there)):
             logger.warning(
                 "eval_rows differ from those of %s: the evaluation losses before and after cannot "
                 "be compared, and the best checkpoint so far is forgotten",
                 source,
             )
-            origin["best_metric"] = origin["best_checkpoint"] = None
+            self.best_metric = self.best_step = None
         installed = environment()["versions"]
         for name in COMPUTING:
-            if installed[name] != (then := origin["environment"]["versions"].get(name)):
+            if installed[name] != (then := state["environment"]["versions"].get(name)):
                 logger.warning(
                     "%s was %s when %s was saved and is %s now: the run goes on, but not "
                     "necessarily to the bit",
                     *(name, then, source, installed[name]),
                 )
-        if old["precision"] != new["precision"]:
+        precision = state["config"]["precision"]
+        if precision != self.config.precision:
             # An fp16 run that overflows without end has to be able to go on in bf16.
             logger.warning(
                 "precision was %s and is %s now: the run goes on, but not as it would have",
-                *(old["precision"], new["precision"]),
+                *(precision, self.config.precision),
             )
-        self._tell_new_length(origin)
+        self._tell_new_length(state)
 
     def _tell_new_length(self, origin: dict[str, Any]) -> None:
         then, step = origin["total_steps"], origin["global_step"]
@@ -265,6 +297,18 @@ class TrainState:
         own = re.compile(rf"(\.lora_\w+|\.modules_to_save)\.{name}(?=\.|$)")
         trainable = trainable_parameters(self.model)
         return {p: own.sub(r"\1.default", name) for name, p in trainable.items()}
+
+
+@contextmanager
+def _needing_all_of(source: Path) -> Iterator[None]:
+    """Say so if a checkpoint, though unaltered, does not hold all that is asked of it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} cannot be used: {type(error).__name__}: {error}; delete it, or go on from "
+            "another checkpoint"
+        ) from error
 
 
 def rng_tensors(device: torch.device) -> dict[str, Tensor]:

@@ -138,6 +138,7 @@ def test_a_full_disk_loses_nothing(victim, pytestconfig):
         run = f"full-{writes.index(operation)}"
         assert victim.train(run, disk_full=[operation]) == 1
         assert "No space left on device" in victim.log(run)
+        assert "make room" in victim.log(run)
         assert iq.latest_checkpoint(victim.folder / run).name == "checkpoint-2"
         assert "passed over" not in victim.log(run)
         assert victim.train(run) == 0, victim.log(run)
@@ -171,6 +172,8 @@ def test_a_write_that_breaks_off(victim):
     """The kernel ends a write in the middle of a file: an error, and no torn checkpoint."""
     assert victim.train("short", file_size_limit=20_000) == 1
     assert "cannot be written" in victim.log("short")
+    assert "allow larger files" in victim.log("short")
+    assert "make room" not in victim.log("short")
     assert [path.name for path in (victim.folder / "short").iterdir()] == []
     assert victim.train("short") == 0
     assert same(victim.end("short"), victim.end("whole"))
