@@ -157,7 +157,7 @@ def _to_rgb(
         image = image.transpose(method)
 
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        rgb = _to_8_bit(image).convert("RGB")
+        rgb = _from_wide_grey(image)
     elif image.mode == "LAB":
         rgb = ImageCms.applyTransform(image, _lab_to_srgb()) or image
     elif image.has_transparency_data and image.mode not in ("CMYK", "YCbCr", "HSV", "RGBX"):
@@ -172,28 +172,47 @@ def _to_rgb(
     return rgb
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey levels of a wide mode as 8 bit; convert() would clip them, mostly to white.
+_BAND_PIXELS = 2**18
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+    """The grey levels some lines at a time, as floating-point numbers, and the first line's number.
+
+    All lines at once would take ten times the picture's memory.
+    """
+    lines = max(1, _BAND_PIXELS // max(1, image.width))
+    dtype = np.float64 if image.mode == "I" else np.float32
+    for top in range(0, image.height, lines):
+        band = image.crop((0, top, image.width, min(top + lines, image.height)))
+        yield top, np.asarray(band).astype(dtype)
+
+
+def _from_wide_grey(image: Image.Image) -> Image.Image:
+    """Grey levels of a wide mode as RGB; convert() would clip them, mostly to white.
 
     16-bit levels keep their proportion to 65535, 32-bit integers to the smallest of 255, 65535 and
     their own maximum that holds them all, floating-point levels to 1 or, if larger, their maximum.
     Where levels are negative, the least of them is black.
     """
-    levels = np.asarray(image).astype(np.float64 if image.mode == "I" else np.float32)
-    finite = levels[np.isfinite(levels)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-    if image.mode.startswith("I;16"):
-        low, high = 0.0, 65535.0
-    elif low >= 0:
-        bounds = (1.0,) if image.mode == "F" else (255.0, 65535.0)
-        low, high = 0.0, next((bound for bound in bounds if high <= bound), high)
-    levels = np.nan_to_num(levels, nan=low, posinf=high, neginf=low)
-    scaled = (levels - low) * (255.0 / ((high - low) or 1.0))
-    grey = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    low, high = 0.0, 65535.0
+    if not image.mode.startswith("I;16"):
+        finite = (levels[np.isfinite(levels)] for _, levels in _bands(image))
+        extremes = [(levels.min(), levels.max()) for levels in finite if levels.size]
+        lows, highs = zip(*extremes, strict=True) if extremes else ((0.0,), (1.0,))
+        low, high = min(lows), max(highs)
+        if low >= 0:
+            bounds = (1.0,) if image.mode == "F" else (255.0, 65535.0)
+            low, high = 0.0, next((bound for bound in bounds if high <= bound), high)
     clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey[levels == clear] = 255
-    return Image.fromarray(grey)
+    rgb = Image.new("RGB", image.size)
+    for top, levels in _bands(image):
+        levels = np.nan_to_num(levels, nan=low, posinf=high, neginf=low)
+        scaled = (levels - low) * (255.0 / ((high - low) or 1.0))
+        grey = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+        if isinstance(clear, int):
+            grey[levels == clear] = 255
+        rgb.paste(Image.fromarray(grey).convert("RGB"), (0, top))
+    return rgb
 
 
 @functools.cache

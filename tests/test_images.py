@@ -1,6 +1,7 @@
 """Opening pictures: everything becomes RGB, everything broken becomes BadImage."""
 
 import io
+import multiprocessing
 import os
 import pickle
 import random
@@ -17,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, PngImagePlugin
 
 import idefics_qlora as iq
-from idefics_qlora import images
+from idefics_qlora import decode, images
 from idefics_qlora.images import ImageAccess, full_image, open_image, random_crop
 
 
@@ -104,6 +105,42 @@ def test_16_bit_grey_is_scaled():
         assert np.asarray(open_image(data))[0, :, 1].tolist() == [0, 1, 128, 255]
     clear = encoded(Image.fromarray(ramp), transparency=256)
     assert np.asarray(open_image(clear))[0, :, 1].tolist() == [0, 255, 128, 255]
+
+
+def peak_bytes(path: Path) -> int:
+    """Most memory that opening a picture takes of this process, the picture itself included."""
+
+    def memory(field: str) -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition(f"{field}:")[2].split()[0])
+
+    before = memory("VmRSS")
+    open_image(path)
+    return memory("VmHWM") - before
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_wide_grey_takes_little_memory(tmp_path, dtype):
+    """Not much more than its levels and its RGB pixels; all at once it took over 20 bytes each."""
+    levels = np.add.outer(np.arange(3000), np.arange(4000)).astype(dtype)
+    path = tmp_path / "wide.tif"
+    Image.fromarray(levels).save(path)
+    stored = np.dtype(dtype).itemsize
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        peak = pool.apply(peak_bytes, (path,))
+        pool.close()
+        pool.join()
+    # The file's bytes, the same in Pillow, and 4 bytes for each RGB pixel.
+    assert peak / levels.size < 1.5 * (2 * stored + 4)
+
+
+def test_bands_of_wide_grey_fit_together():
+    """The extremes are those of the whole picture, and no line is lost between two bands."""
+    lines = 5 * decode._BAND_PIXELS // 4000 + 3
+    levels = np.add.outer(np.arange(lines), np.arange(4000)).astype(np.int32) * 1000
+    opened = np.asarray(open_image(Image.fromarray(levels)))[:, :, 0]
+    assert np.array_equal(opened, np.rint(levels * (255 / levels.max())))
 
 
 @pytest.mark.parametrize(
