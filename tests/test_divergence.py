@@ -1,6 +1,7 @@
 """What is said of values that are not finite fits their cause: the rate, the precision or a row."""
 
 import copy
+import dataclasses
 import re
 from functools import partial
 
@@ -41,6 +42,16 @@ def test_a_rate_far_too_high_is_named_first(base, processor, examples, tmp_path)
         model, _ = iq.load_finetuned(folder, trainable=True, device="cpu")
         loss = iq.evaluate(model, processor, examples[:2])["eval_loss"]
         assert torch.tensor(loss).isfinite() == finite
+
+
+def test_the_ledger_names_the_rate(base, processor, examples, tmp_path, caplog):
+    """A run that overflowed on its way and ended all the same is told why."""
+    config = config_of(tmp_path, precision="fp16", learning_rate=10.0, max_steps=2)
+    config = dataclasses.replace(config, lr_scheduler_type="constant", eval_steps=2, save_steps=2)
+    result = iq.train(iq.add_lora(base), processor, examples, examples[:2], config=config)
+    assert result.fp16_ledger["skipped_windows"] > 0
+    assert re.search("training has diverged.*: lower learning_rate", result.fp16_ledger["advice"])
+    assert "as is usual at first" not in caplog.text
 
 
 def test_an_overflow_of_the_base_is_no_matter_of_the_rate(base, processor, examples, tmp_path):
