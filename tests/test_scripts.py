@@ -139,7 +139,7 @@ def test_the_diagnostics_benchmark_reports_a_share(capsys):
     """It runs small and gives the share of a run that the always-on checks take."""
     summary = diagnostics.main(["--steps", "3"])
     assert json.loads(capsys.readouterr().out) == summary
-    assert summary["checks_s"].keys() == {"labels", "coverage", "marks", "unmoved"}
+    assert all(seconds > 0 for seconds in summary["checks_s"].values())
     assert 0 < summary["share_of_100_steps"] < 1
 
 

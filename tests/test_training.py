@@ -258,19 +258,9 @@ def test_learning_lowers_the_loss(lora, processor, examples, tmp_path):
     assert result.global_step == 10
     assert result.log_history[:-1] == records
     assert math.isfinite(result.training_loss)
-    assert set(result.metrics) == {
-        "train_runtime",
-        "train_samples_per_second",
-        "train_steps_per_second",
-        "train_tokens_per_second",
-        "train_loss",
-        "epoch",
-        "total_flos",
-        "skipped_windows",
-        "bad_rows",
-        "micro_batch_size",
-        "peak_memory_bytes",
-    }
+    trainers = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
+    assert trainers | {"epoch", "total_flos"} <= result.metrics.keys()
+    assert all(math.isfinite(value) for value in result.metrics.values())
     # The model that comes back is the best one.
     loss = iq.evaluate(lora, processor, examples[:4])["eval_loss"]
     assert loss == pytest.approx(min(evaluations.values()), rel=1e-6)

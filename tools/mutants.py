@@ -697,6 +697,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     _import_the_slow_ones()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Path(folder) / "copy"
@@ -761,6 +762,7 @@ def _pytest(copy: Path, tests: tuple[str, ...] | list[str], timeout_s: float) ->
     child = os.fork()
     if child == 0:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -786,12 +788,13 @@ def _pytest(copy: Path, tests: tuple[str, ...] | list[str], timeout_s: float) ->
             sys.stderr.flush()
             os._exit(code)
     ended = 0
-    while not ended and time.monotonic() - started < timeout_s:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        time.sleep(0.05)
-    # What a test has left behind goes with it.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
+    try:
+        while not ended and time.monotonic() - started < timeout_s:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            time.sleep(0.05)
+    finally:  # what a test has left behind goes with it, and all of it if this process is stopped
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
     if not ended:
         os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status) if ended else None
