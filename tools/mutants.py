@@ -333,11 +333,11 @@ MUTANTS = (
         "test_failures.py::test_half_an_update_is_not_saved",
     ),
     _m(
-        "memory that an update needs is asked for in its midst",
-        "training.py",
-        "    reserve_update(state.optimizer)\n",
-        "",
-        "test_failures.py",
+        "the optimizer's states are made in its first step",
+        "run.py",
+        "            allocate_states(self.state.optimizer)\n",
+        "            pass\n",
+        "test_failures.py::test_states_are_there_before_the_first_step",
     ),
     # The loss.
     _m(
