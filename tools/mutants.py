@@ -71,6 +71,7 @@ def _m(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 
 EVERY_STEP = "test_resume.py::test_interrupted_at_every_step"
 OVERFLOWING = f"{EVERY_STEP}[overflowing]"
+FAILING = "test_resume.py::test_what_failed_is_made_up_for"
 GROWS = "test_resume.py::test_interrupted_while_the_micro_batch_grows"
 STREAM = "test_rows.py::test_a_run_over_a_stream_resumes_exactly"
 HALVES = "test_faults.py::test_out_of_memory_halves_the_micro_batch"
@@ -99,6 +100,8 @@ NOT_RESTORED = {
     "best_metric": "test_resume.py::test_going_on_elsewhere_takes_the_best_along",
     "log_history": OVERFLOWING,
     "first_nonfinite_module": "test_resume.py::test_every_count_goes_on",
+    "finished_step": FAILING,
+    "num_told": FAILING,
 }
 """Fields of the state, each left out of a restore, and the tests that should notice."""
 
@@ -124,14 +127,14 @@ MUTANTS = (
     _m(
         "a resume forgets the optimizer",
         "state.py",
-        'load_optimizer_state(self.optimizer, names, snapshot.optimizer, state["optimizer"])',
+        "load_optimizer_state(self.optimizer, names, tensors, scalars, complete=has_run)",
         "pass",
         EVERY_STEP,
     ),
     _m(
         "a resume forgets the loss scale",
         "state.py",
-        'self.scaler.load_state_dict(state["scaler"])',
+        "self.scaler.load_state_dict(scaler)",
         "pass",
         OVERFLOWING,
     ),
@@ -543,6 +546,20 @@ MUTANTS = (
         "    if True:\n",
         "test_generators.py",
     ),
+    _m(
+        "what a step's end had not done is left undone",
+        "training.py",
+        "            if state.finished_step < state.global_step:",
+        "            if False:",
+        FAILING,
+    ),
+    _m(
+        "a step is finished before it is evaluated",
+        "training.py",
+        "    run.hand_out()\n",
+        "    state.finished_step = state.global_step\n    run.hand_out()\n",
+        FAILING,
+    ),
     # The folder.
     _m(
         "a second run in the folder is let in",
@@ -597,8 +614,8 @@ MUTANTS = (
     _m(
         "files of another size are not noticed",
         "checkpoint.py",
-        "        if len(content) != size:\n",
-        "        if False:\n",
+        "            if size not in (None, status.st_size):\n",
+        "            if False:\n",
         DAMAGE,
     ),
     _m(
@@ -632,7 +649,7 @@ MUTANTS = (
     _m(
         "an old checkpoint is lost while it is replaced",
         "checkpoint.py",
-        '        if path.suffix == ".replaced" and not whole.exists():\n',
+        '        if name[2] == "replaced" and path.is_dir() and not os.path.lexists(whole):\n',
         "        if False:\n",
         "test_checkpoint.py",
     ),
