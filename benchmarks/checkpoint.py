@@ -36,6 +36,7 @@ from idefics_qlora.machine import library_versions
 from idefics_qlora.state import rng_tensors
 
 RANK = 16
+RUN = "benchmark"
 BLOCK = 256
 """Elements that share one scale in the 8-bit optimizer's states."""
 
@@ -57,6 +58,14 @@ def projections(
         yield f"gated_cross_attn_layers.{layer}.cross_attn.q_proj", 4096, 4096
         for name in ("k_proj", "v_proj"):
             yield f"gated_cross_attn_layers.{layer}.cross_attn.{name}", 1280, 4096
+
+
+COUNTERS = (
+    *("global_step", "total_steps", "window", "skipped_windows", "skips_in_a_row"),
+    *("micro_batch_size", "num_examples", "num_images", "num_tokens", "num_bad_rows"),
+    *("unlogged_steps", "seconds", "loss_sum", "unlogged_loss"),
+)
+"""Numbers of a run's state."""
 
 
 def snapshot(full_size: bool, history: int = 100) -> Snapshot:
@@ -83,9 +92,18 @@ def snapshot(full_size: bool, history: int = 100) -> Snapshot:
         optimizer=optimizer,
         rng=rng_tensors(torch.device("cpu")),
         state={
-            "global_step": 1,
+            **dict.fromkeys(COUNTERS, 1),
+            **dict.fromkeys(("position", "eval_rows", "best_checkpoint", "best_metric"), None),
+            "first_nonfinite_module": None,
+            "growing": False,
+            "run": RUN,
             "log_history": [record] * history,
+            "scaler": {},
             "optimizer": {name: {"step": 1} for name in adapter},
+            "config": iq.TrainConfig(output_dir="run").to_json(),
+            "environment": iq.environment(),
+            "base": {"architecture": "", "weights": "", "rounding": "none"},
+            "train_rows": {"number": 1, "first": []},
         },
     )
 
@@ -126,6 +144,7 @@ def measure(content: Snapshot, folder: Path, rounds: int) -> tuple[dict[str, lis
     with ThreadPoolExecutor(1) as background:
         for step in range(1, rounds + 2):
             checkpoint = ours / f"checkpoint-{step}"
+            content.state["global_step"] = step
             file = theirs / f"{step}.pt"
 
             def save_ours(checkpoint: Path = checkpoint) -> None:
@@ -141,7 +160,7 @@ def measure(content: Snapshot, folder: Path, rounds: int) -> tuple[dict[str, lis
             timed("verify", lambda: iq.latest_checkpoint(ours))
             timed("load", lambda checkpoint=checkpoint: load_checkpoint(checkpoint))
             timed("torch.load", lambda file=file: torch_load(file))
-            timed("rotate in the loop", lambda: rotate(ours, 1, set(), background))
+            timed("rotate in the loop", lambda: rotate(ours, 1, set(), RUN, background))
             timed("rotate behind it", lambda: background.submit(int).result())
             for old in theirs.iterdir():
                 if old != file:

@@ -1,7 +1,6 @@
 """Mistakes in a call's arguments are told in one line, before anything is computed."""
 
 import pytest
-import quickstart
 from helpers import config_of
 
 import idefics_qlora as iq
@@ -57,14 +56,3 @@ def test_bad_rows_are_counted_as_they_are(base, processor, examples):
     few = int(0.05 * FEW_ROWS)
     metrics = iq.evaluate(base, processor, [*examples[:2], *bad[:few]])
     assert metrics["eval_bad_rows"] == few
-
-
-def test_the_quickstart_names_each_field_once(tmp_path, capsys, monkeypatch):
-    """A field that fails in two ways is one field; nothing is learnt in one step."""
-    for name, number in {"NUM_TRAIN": 16, "NUM_VALIDATION": 4, "NUM_TEST": 48}.items():
-        monkeypatch.setattr(quickstart, name, number)
-    code = quickstart.main(["--max-steps", "1", "--output-dir", str(tmp_path)])
-    assert code == 1
-    (line,) = [li for li in capsys.readouterr().out.splitlines() if li.startswith("Not learnt")]
-    names = line.partition(": ")[2].partition(" (")[0].split(", ")
-    assert len(names) == len(set(names)) > 0
