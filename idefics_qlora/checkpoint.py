@@ -364,7 +364,7 @@ def _remove(path: Path) -> None:
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif os.path.lexists(path):
             path.unlink()
     except FileNotFoundError:
         pass
