@@ -69,7 +69,7 @@ _INSIDE = {
 _MAY_HAVE = {"run": str, "finished_step": int, "num_told": int}
 """What that of 0.1 does not have."""
 
-_DAMAGE = frozenset(
+DAMAGE = frozenset(
     getattr(errno, name)
     for name in ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG", "ENXIO", "ENODEV")
 )
@@ -130,28 +130,28 @@ def save_checkpoint(
         OSError: If it cannot be written; nothing is left behind.
     """
     contents: dict[str, list[Part]] = {
-        ADAPTER: _tensor_parts(snapshot.adapter, {"format": "pt"}),
-        ADAPTER_CONFIG: [_json_bytes(snapshot.adapter_config)],
-        OPTIMIZER: _tensor_parts(snapshot.optimizer),
-        RNG: _tensor_parts(snapshot.rng),
-        STATE: [_json_bytes(snapshot.state)],
+        ADAPTER: tensor_parts(snapshot.adapter, {"format": "pt"}),
+        ADAPTER_CONFIG: [json_bytes(snapshot.adapter_config)],
+        OPTIMIZER: tensor_parts(snapshot.optimizer),
+        RNG: tensor_parts(snapshot.rng),
+        STATE: [json_bytes(snapshot.state)],
     }
     if extra is not None:
-        contents["extra.safetensors"] = _tensor_parts(extra)
+        contents["extra.safetensors"] = tensor_parts(extra)
     temporary = folder.with_name(f".{folder.name}.incomplete")
     try:
         _remove(temporary)  # left behind by a killed process
         temporary.mkdir(parents=True)
         with ThreadPoolExecutor(max_workers=1) as pool:  # hashing and writing at the same time
-            sums = {name: pool.submit(_sha256, *parts) for name, parts in contents.items()}
+            sums = {name: pool.submit(sha256_of, *parts) for name, parts in contents.items()}
             for name, parts in contents.items():
-                _write(temporary / name, parts)
+                write_synced(temporary / name, parts)
             files = {
                 name: {"size": sum(map(len, parts)), "sha256": sums[name].result()}
                 for name, parts in contents.items()
             }
-        _write(temporary / MANIFEST, [_json_bytes({"format": FORMAT, "files": files})])
-        _sync_folder(temporary)
+        write_synced(temporary / MANIFEST, [json_bytes({"format": FORMAT, "files": files})])
+        sync_folder(temporary)
         replaced = folder.with_name(f".{folder.name}.replaced")
         if is_of_run(folder, snapshot.state.get("run")):
             # A kill between the two renames leaves `.replaced`, which the next start puts back.
@@ -160,7 +160,7 @@ def save_checkpoint(
         elif os.path.lexists(folder):  # not written by this run, or not whole
             logger.warning("%s was in the way and is %s now", folder, _set_aside(folder).name)
         temporary.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         _remove(replaced)
     except BaseException:
         # A full disk needs the space. Nothing here may hide the error.
@@ -176,7 +176,7 @@ def load_checkpoint(folder: Path) -> Snapshot:
         OSError: If a file cannot be read for a reason that may pass.
     """
     contents = _verified(folder)
-    state = _mapping(folder / STATE, contents[STATE])
+    state = json_mapping(folder / STATE, contents[STATE])
     for name, kind in {**_STATE, **{n: k for n, k in _MAY_HAVE.items() if n in state}}.items():
         if name not in state or not isinstance(state[name], kind):
             what = f"a {type(state[name]).__name__} as" if name in state else "no"
@@ -185,10 +185,10 @@ def load_checkpoint(folder: Path) -> Snapshot:
         if missing := sorted(keys - state[name].keys()):
             raise CheckpointError(f"{folder / STATE} cannot be used: {name!r} lacks {missing}")
     return Snapshot(
-        adapter=_tensors(folder / ADAPTER, contents[ADAPTER]),
-        adapter_config=_mapping(folder / ADAPTER_CONFIG, contents[ADAPTER_CONFIG]),
-        optimizer=_tensors(folder / OPTIMIZER, contents[OPTIMIZER]),
-        rng=_tensors(folder / RNG, contents[RNG]),
+        adapter=tensors_in(folder / ADAPTER, contents[ADAPTER]),
+        adapter_config=json_mapping(folder / ADAPTER_CONFIG, contents[ADAPTER_CONFIG]),
+        optimizer=tensors_in(folder / OPTIMIZER, contents[OPTIMIZER]),
+        rng=tensors_in(folder / RNG, contents[RNG]),
         state=state,
     )
 
@@ -220,7 +220,7 @@ def check_run(folder: Path, state: dict[str, Any], run: str | None) -> None:
 def is_of_run(folder: Path, run: str | None) -> bool:
     """Whether a checkpoint, as far as its state tells, was written by a run; if in doubt, not."""
     try:
-        state = _mapping(folder / STATE, _read(folder / STATE))
+        state = json_mapping(folder / STATE, read_whole(folder / STATE))
         check_step(folder, state)
         check_run(folder, state, run)
         return (folder / MANIFEST).is_file()
@@ -255,7 +255,7 @@ def load_adapter_files(
     if (folder / STATE).is_file():
         raise CheckpointError(f"{folder / MANIFEST} is missing: the checkpoint is not whole")
     adapter, config = folder / ADAPTER, folder / ADAPTER_CONFIG
-    return _tensors(adapter, _read(adapter)), _mapping(config, _read(config)), None
+    return tensors_in(adapter, read_whole(adapter)), json_mapping(config, read_whole(config)), None
 
 
 def clear_leftovers(output_dir: Path) -> None:
@@ -374,7 +374,7 @@ def _remove(path: Path) -> None:
 
 def _verified(folder: Path) -> dict[str, bytes]:
     """Content of every file of a checkpoint, each compared with the manifest."""
-    manifest = _mapping(folder / MANIFEST, _read(folder / MANIFEST))
+    manifest = json_mapping(folder / MANIFEST, read_whole(folder / MANIFEST))
     try:
         files = {str(name): (f["size"], f["sha256"]) for name, f in manifest["files"].items()}
         if manifest["format"] != FORMAT:
@@ -389,16 +389,16 @@ def _verified(folder: Path) -> dict[str, bytes]:
         ) from error
     contents = {}
     for name, (size, _) in files.items():
-        contents[name] = _read(folder / name, size)
+        contents[name] = read_whole(folder / name, size)
     with ThreadPoolExecutor() as pool:
-        sums = dict(zip(contents, pool.map(_sha256, contents.values()), strict=True))
+        sums = dict(zip(contents, pool.map(sha256_of, contents.values()), strict=True))
     for name, (_, expected) in files.items():
         if sums[name] != expected:
             raise CheckpointError(f"{folder / name} was altered: its SHA-256 differs")
     return contents
 
 
-def _read(path: Path, size: int | None = None) -> bytes:
+def read_whole(path: Path, size: int | None = None) -> bytes:
     """Content of a file.
 
     Args:
@@ -428,12 +428,12 @@ def _read(path: Path, size: int | None = None) -> bytes:
     except ValueError as error:  # a name that cannot be one
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
     except OSError as error:
-        if error.errno not in _DAMAGE:
+        if error.errno not in DAMAGE:
             raise
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _mapping(path: Path, content: bytes) -> dict[str, Any]:
+def json_mapping(path: Path, content: bytes) -> dict[str, Any]:
     """A file's JSON object."""
     try:
         value = json.loads(content)
@@ -444,7 +444,7 @@ def _mapping(path: Path, content: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
+def tensors_in(path: Path, content: bytes) -> dict[str, Tensor]:
     """A file's tensors, on the CPU."""
     try:
         return load(content)
@@ -452,7 +452,7 @@ def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _sha256(*parts: Part) -> str:
+def sha256_of(*parts: Part) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -474,7 +474,7 @@ _DTYPES = {
 """What safetensors calls them, in the order of its files: the widest first, so all are aligned."""
 
 
-def _tensor_parts(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> list[Part]:
+def tensor_parts(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> list[Part]:
     """What ``safetensors.torch.save`` returns, in parts that are the tensors' own memory.
 
     The library's function copies all of it twice, which takes longer than writing it, and refuses
@@ -499,18 +499,18 @@ def _tensor_parts(tensors: dict[str, Tensor], metadata: dict[str, str] | None = 
     return [len(described).to_bytes(8, "little"), described, *parts]
 
 
-def _json_bytes(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
     return json.dumps(value, indent=2).encode()
 
 
-def _write(path: Path, parts: Iterable[Part]) -> None:
+def write_synced(path: Path, parts: Iterable[Part]) -> None:
     with path.open("wb") as file:
         file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -75,7 +75,7 @@ def text_findings(prompt: Sequence[PromptItem], forged: re.Pattern[str]) -> Iter
                 "alone: a picture is an item of its own, such as pathlib.Path(...)",
             )
             return
-    if len(texts) == sum(1 for _ in _items(prompt)) and (
+    if len(texts) == sum(1 for _ in items_of(prompt)) and (
         found := re.match(r"\s*https?://\S+", texts[0])
     ):
         yield Finding(
@@ -129,7 +129,7 @@ def _typed_tokens(text: str, forged: re.Pattern[str]) -> Iterator[Finding]:
         )
 
 
-def _items(prompt: Sequence[PromptItem]) -> Iterator[Any]:
+def items_of(prompt: Sequence[PromptItem]) -> Iterator[Any]:
     for item in prompt:
         if isinstance(item, Turn):
             yield from item.content
@@ -138,7 +138,7 @@ def _items(prompt: Sequence[PromptItem]) -> Iterator[Any]:
 
 
 def _texts(prompt: Sequence[PromptItem]) -> Iterator[str]:
-    return (item for item in _items(prompt) if isinstance(item, str))
+    return (item for item in items_of(prompt) if isinstance(item, str))
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def digest(value: Any, load: bool = True) -> bytes:
     return hashed.digest()
 
 
-def _digest_of(value: Any, load: bool = True) -> bytes | None:
+def digest_of(value: Any, load: bool = True) -> bytes | None:
     """The digest, or ``None`` where a picture cannot be decoded: that is told when it is read."""
     try:
         return digest(value, load)
@@ -276,7 +276,7 @@ def _update(update: Callable[[bytes], None], value: Any, load: bool) -> None:
     update(b")")  # of what else there may be, the type has to do: its text may tell its address
 
 
-class _Unread:
+class Unread:
     """Rows as they are, unread: lists, tuples and tables of ``datasets``, where that costs little.
 
     Args:
@@ -308,12 +308,12 @@ class _Unread:
             (row,) = row.to_pylist()
         if isinstance(row, Mapping):
             row = {key: value for key, value in row.items() if key not in ID_COLUMNS}
-        return _digest_of(row, load=False), _num_bytes(row)
+        return digest_of(row, load=False), _num_bytes(row)
 
 
 def _light(value: Any) -> Any:
     if isinstance(value, Example):
-        return (*map(_light, _items(value.prompt)), value.completion)
+        return (*map(_light, items_of(value.prompt)), value.completion)
     if isinstance(value, Mapping) and value.get("bytes") is not None:
         return _light(value["bytes"])
     if isinstance(value, Mapping):
@@ -333,13 +333,13 @@ def _num_bytes(value: Any) -> int:
     if isinstance(value, Image.Image):
         return value.width * value.height * len(value.getbands())
     if isinstance(value, Example):
-        return sum(map(_num_bytes, _items(value.prompt)))
+        return sum(map(_num_bytes, items_of(value.prompt)))
     if isinstance(value, Mapping):
         return sum(map(_num_bytes, value.values()))
     return sum(map(_num_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def _same_unread(every: Mapping[str, _Unread]) -> dict[tuple[str, int], tuple[str, int]]:
+def same_unread(every: Mapping[str, Unread]) -> dict[tuple[str, int], tuple[str, int]]:
     """Rows, by name and number, that are the same as an earlier one; and which one that is."""
     alike: dict[Any, list[tuple[str, int]]] = defaultdict(list)
     for name, rows in every.items():
@@ -398,7 +398,7 @@ class FirstRows:
         if self._to_repeat:
             with contextlib.suppress(Exception):  # told when it is read
                 if row is ...:
-                    before = _digest_of(self._row(index))
+                    before = digest_of(self._row(index))
                 else:
                     row = copy.deepcopy(row)  # the next epoch brings a new one
         return partial(self._look, index, before, row)
@@ -438,10 +438,10 @@ class FirstRows:
 
     def _repeat(self, name: str, again: Any, example: Example, before: bytes | None) -> None:
         """Give ``to_example`` the row a second time."""
-        first = _digest_of(example)
+        first = digest_of(example)
         if first is None:
             return
-        is_changed = before is not None and _digest_of(again) != before
+        is_changed = before is not None and digest_of(again) != before
         if is_changed:
             self.found["to_example changes its row"].append(
                 (name, "to_example changes its row: let it work on a copy, such as dict(row)")
@@ -534,8 +534,8 @@ def tell_same_rows(train: FirstRows, held_out: FirstRows | None, notices: Notice
     are compared as they are, up to ``COMPARED_ROWS`` of each kind and ``COMPARED_BYTES``.
     """
     sides = [train] if held_out is None else [train, held_out]
-    unread = {side.reader.name: _Unread(side.reader.rows) for side in sides}
-    same = _same_unread(unread)
+    unread = {side.reader.name: Unread(side.reader.rows) for side in sides}
+    same = same_unread(unread)
     first: dict[bytes, tuple[str, int]] = {}
     for side in sides:
         for index, row in side.seen.items():
@@ -551,7 +551,7 @@ def tell_same_rows(train: FirstRows, held_out: FirstRows | None, notices: Notice
         place, earlier = min(repeated.items())
         notices.warn(
             "repeated training rows",
-            f"{_name(place)} is the same as {_name(earlier)}; {len(repeated)} of "
+            f"{row_name(place)} is the same as {row_name(earlier)}; {len(repeated)} of "
             f"{looked_at[train_name]} training rows looked at repeat another: they weigh more than "
             "others; remove them if that is not meant",
             len(repeated),
@@ -566,12 +566,12 @@ def tell_same_rows(train: FirstRows, held_out: FirstRows | None, notices: Notice
         number = looked_at[place[0]]
         notices.warn(
             "evaluation rows among the training rows",
-            f"{_name(place)} is the same as {_name(earlier)}; {len(leaked)} of {number} evaluation "
+            f"{row_name(place)} is the same as {row_name(earlier)}; {len(leaked)} of {number} evaluation "
             f"rows looked at ({len(leaked) / number:.0%}) are training rows: their loss tells what "
             "was learnt by heart; hold out other rows",
             len(leaked),
         )
 
 
-def _name(place: tuple[str, int]) -> str:
+def row_name(place: tuple[str, int]) -> str:
     return f"{place[0]}[{place[1]}]"

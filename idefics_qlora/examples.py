@@ -108,7 +108,7 @@ ToExample: TypeAlias = Callable[[Any], Example]
 
 def as_prompt(prompt: Any) -> Sequence[PromptItem]:
     """``prompt`` as an example has it, chat messages become turns; raise if it is no prompt."""
-    if _are_messages(prompt):
+    if are_messages(prompt):
         prompt = as_turns(prompt)
     if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
         raise TypeError(
@@ -212,19 +212,19 @@ def as_turns(messages: Sequence[Any], images: Sequence[Any] = ()) -> list[Turn]:
         ValueError: If a message is none, or places and images differ in number; the error names
             the message (``BadImage`` for an image that cannot be opened).
     """
-    return _turns(_named("messages", messages), images)
+    return turns_of(named_messages("messages", messages), images)
 
 
-def _named(name: str, messages: Sequence[Any]) -> list[tuple[str, Any]]:
-    if not _are_messages(messages):
+def named_messages(name: str, messages: Sequence[Any]) -> list[tuple[str, Any]]:
+    if not are_messages(messages):
         raise TypeError(
             f"{name}={messages!r:.80}: expected a list of messages with `role` and `content`"
         )
     return [(f"{name}[{i}]", message) for i, message in enumerate(messages)]
 
 
-def _turns(messages: Iterable[tuple[str, Any]], images: Sequence[Any]) -> list[Turn]:
-    pictures = _pictures(images)
+def turns_of(messages: Iterable[tuple[str, Any]], images: Sequence[Any]) -> list[Turn]:
+    pictures = open_values(images)
     read: list[tuple[str, Any, list[Any]]] = []  # name, role and content of each message
     places = carried = 0
     for where, message in messages:
@@ -254,7 +254,7 @@ def _turns(messages: Iterable[tuple[str, Any]], images: Sequence[Any]) -> list[T
     return turns
 
 
-def _are_messages(value: Any) -> bool:
+def are_messages(value: Any) -> bool:
     return (
         isinstance(value, Sequence)
         and not isinstance(value, (str, bytes))
@@ -282,7 +282,7 @@ def _content_part(part: Any, number: int) -> str | Image.Image | None:
         return str(part["text"])
     if kind == "image":
         source = part_source(part)
-        return None if source is None else _picture(source, f"content[{number}]")
+        return None if source is None else open_value(source, f"content[{number}]")
     raise TypeError(
         f'content[{number}]={part!r:.80}: expected {{"type": "text", "text": a string}} or '
         '{"type": "image"}'
@@ -320,7 +320,7 @@ def _as_example(row: Any, to_example: ToExample | None) -> Example:
         return row
     if isinstance(row, Mapping):
         if "messages" in row:
-            return _dialogue_example(_named("messages", row["messages"]), _images(row))
+            return _dialogue_example(named_messages("messages", row["messages"]), _images(row))
         if {"prompt", "completion"} <= row.keys():
             return _prompt_completion_example(row)
         if {"name", "caption"} <= row.keys():
@@ -335,13 +335,13 @@ def _as_example(row: Any, to_example: ToExample | None) -> Example:
 
 def _prompt_completion_example(row: Mapping[str, Any]) -> Example:
     prompt, completion = row["prompt"], row["completion"]
-    if _are_messages(prompt):
+    if are_messages(prompt):
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
-        messages = [*_named("prompt", prompt), *_named("completion", completion)]
+        messages = [*named_messages("prompt", prompt), *named_messages("completion", completion)]
         return _dialogue_example(messages, _images(row), len(prompt))
     if isinstance(prompt, str):
-        return Example([*_pictures(_images(row)), prompt], completion)
+        return Example([*open_values(_images(row)), prompt], completion)
     if _images(row):
         raise ValueError(
             "the row has images beside a `prompt` that is a list of items: put them into the list"
@@ -353,7 +353,7 @@ def _dialogue_example(
     messages: list[tuple[str, Any]], images: Sequence[Any], learnt_from: int = 0
 ) -> Example:
     """The last turn as completion; of the others, those before ``learnt_from`` are context."""
-    *context, last = _turns(messages, images)
+    *context, last = turns_of(messages, images)
     if last.role != "assistant":
         raise ValueError(
             f"{messages[-1][0]} is the last message and has role={last.role!r}: expected an "
@@ -389,14 +389,14 @@ QUESTION = "Question: What's on the picture? Answer:"
 """The tutorial's prompt text."""
 
 
-def _picture(value: Any, name: str, access: ImageAccess | None = None) -> Image.Image:
+def open_value(value: Any, name: str, access: ImageAccess | None = None) -> Image.Image:
     """Open a value of an image column; a string is a URL or a path, as ``open_image`` says."""
     with naming_row(name):
         return open_image(value, access)
 
 
-def _pictures(images: Sequence[Any]) -> list[Image.Image]:
-    return [_picture(image, f"images[{i}]") for i, image in enumerate(images)]
+def open_values(images: Sequence[Any]) -> list[Image.Image]:
+    return [open_value(image, f"images[{i}]") for i, image in enumerate(images)]
 
 
 def _images(row: Mapping[str, Any]) -> Sequence[Any]:
@@ -444,7 +444,7 @@ def pokemon_card_example(
         if not isinstance(row[column], str) or not row[column].strip():
             raise ValueError(f"{column}={row[column]!r}: expected text")
     text = f" This is {row['name']}. {first_sentence(row['caption'])}"
-    return Example([_picture(*_image(row, IMAGE_COLUMNS), access), question], text)
+    return Example([open_value(*_image(row, IMAGE_COLUMNS), access), question], text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -486,7 +486,7 @@ class Captions:
             )
         question = _fill("question", self.question, row)
         answer = _fill("answer", self.answer, row)
-        return Example([_picture(*_image(row, columns), self.access), question], answer)
+        return Example([open_value(*_image(row, columns), self.access), question], answer)
 
 
 def _fields(name: str, template: str) -> list[tuple[str, str | None]]:

@@ -147,7 +147,7 @@ class Loading(Generic[T]):
         return item
 
     def _get(self) -> T:
-        with _child_signals():
+        with child_signals():
             if self._iterator is None:  # the workers start with the first item
                 before = multiprocessing.active_children()
                 self._iterator = iter(self._loader)
@@ -275,7 +275,7 @@ def guarded_children() -> Iterator[None]:
 
 
 @contextmanager
-def _child_signals() -> Iterator[None]:
+def child_signals() -> Iterator[None]:
     """Let PyTorch's SIGCHLD handler act in this block."""
     if threading.current_thread() is not threading.main_thread():
         yield

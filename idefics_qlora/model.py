@@ -160,7 +160,7 @@ def add_lora(
         )
     model.requires_grad_(False)
     with seeded(seed, model.device):
-        return _attach(model, config)
+        return attach(model, config)
 
 
 def load_finetuned(
@@ -208,7 +208,7 @@ def load_finetuned(
             f"{state['base']}, here {found}): pass the right one as base=..."
         )
     config.base_model_name_or_path = None  # peft would warn that it is called otherwise now
-    peft_model = _attach(model, config)
+    peft_model = attach(model, config)
     # A copy of the base: whoever gets the adapter, trained further, finds the base by its Hub id.
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", recorded) and not Path(recorded).exists()
     if verified and is_hub_id:
@@ -546,7 +546,7 @@ def load_config(
     return name, config
 
 
-def _attach(model: IdeficsForVisionText2Text, config: LoraConfig) -> PeftModel:
+def attach(model: IdeficsForVisionText2Text, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         # peft asks the model for a property that transformers has renamed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)

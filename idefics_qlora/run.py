@@ -249,7 +249,7 @@ class Run:
             torch.cuda.reset_peak_memory_stats(device)
         self._first_step = self._saved_step = self.state.global_step
         self._saved_records = self._records()
-        self._clock = _Clock(self.state)
+        self._clock = Clock(self.state)
         self._bad_rows = BadRows(config.on_bad_row, self.folder / "bad_rows.jsonl")
         self._loading = partial(
             Loading,
@@ -290,7 +290,7 @@ class Run:
             CheckpointError: If none can be used, though there are some.
             OSError: If one cannot be read for a reason that may pass: it is not passed over.
         """
-        chosen = _resume_from(self.config, self.folder)
+        chosen = checkpoints_to_resume(self.config, self.folder)
         for checkpoint in reversed(chosen):
             try:
                 snapshot = load_checkpoint(checkpoint)
@@ -531,7 +531,7 @@ class Run:
             if ends or self.config.on_save_error == "raise":
                 raise OSError(
                     error.errno,
-                    f"{message}; {_way_out(error)}, then start the script again: it goes on from "
+                    f"{message}; {way_out_of(error)}, then start the script again: it goes on from "
                     "the newest checkpoint",
                 ) from error
             logger.error("%s; training goes on and tries again later", message)
@@ -610,7 +610,7 @@ class Run:
                 raise FloatingPointError(self._way_back(diverged))
             logger.warning("%s: lower learning_rate", diverged)
         if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
-            error = _endless_overflow(state)
+            error = endless_overflow(state)
             state.skips_in_a_row = 0  # a resumed run may try as often again
             self.save()  # the lower scale as well, though the step may be saved already
             raise error
@@ -717,7 +717,7 @@ class Run:
             names = ", ".join(still[:5]) + (", ..." if len(still) > 5 else "")
             logger.warning("%d adapters never moved: %s", len(still), names)
         self._clock.update(state)
-        metrics = _metrics(state, self.epoch())
+        metrics = run_metrics(state, self.epoch())
         finished = state.global_step >= state.total_steps
         if finished and self.config.load_best_model_at_end:
             self._load_best()
@@ -731,7 +731,7 @@ class Run:
             metrics=metrics,
             log_history=[*state.log_history, {**metrics, "step": state.global_step}],
             best_checkpoint=self.best_checkpoint,
-            fp16_ledger=_fp16_ledger(state, self._diverged),
+            fp16_ledger=fp16_ledger(state, self._diverged),
             stopped_by=None if stopped is None else stopped.name,
         )
 
@@ -757,7 +757,7 @@ def _first_rows(
     return fingerprint, seen
 
 
-def _fp16_ledger(state: TrainState, diverged: str | None) -> dict[str, Any] | None:
+def fp16_ledger(state: TrainState, diverged: str | None) -> dict[str, Any] | None:
     if not state.scaler.is_enabled():
         return None
     share = state.skipped_windows / max(1, state.window)
@@ -783,7 +783,7 @@ def _fp16_ledger(state: TrainState, diverged: str | None) -> dict[str, Any] | No
     }
 
 
-def _endless_overflow(state: TrainState) -> FloatingPointError:
+def endless_overflow(state: TrainState) -> FloatingPointError:
     module = state.first_nonfinite_module
     where = "" if module is None else f" (first in {module})"
     return FloatingPointError(
@@ -794,7 +794,7 @@ def _endless_overflow(state: TrainState) -> FloatingPointError:
     )
 
 
-def _way_out(error: OSError) -> str:
+def way_out_of(error: OSError) -> str:
     """What to do about a checkpoint that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "make room"
@@ -805,7 +805,7 @@ def _way_out(error: OSError) -> str:
     return "mend that"
 
 
-def _resume_from(config: TrainConfig, output_dir: Path) -> list[Path]:
+def checkpoints_to_resume(config: TrainConfig, output_dir: Path) -> list[Path]:
     """The checkpoints from which the run may go on, the best choice last."""
     if config.resume == "auto":
         return checkpoints(output_dir)
@@ -829,7 +829,7 @@ def _resume_from(config: TrainConfig, output_dir: Path) -> list[Path]:
     return [folder]
 
 
-class _Clock:
+class Clock:
     """Time of this process's part of a run."""
 
     def __init__(self, state: TrainState) -> None:
@@ -855,7 +855,7 @@ class _Clock:
         return mean
 
 
-def _metrics(state: TrainState, epoch: float) -> dict[str, float]:
+def run_metrics(state: TrainState, epoch: float) -> dict[str, float]:
     seconds = max(state.seconds, 1e-9)
     flops = models.training_flops(
         state.model.get_base_model().config, state.num_tokens, state.num_images

@@ -258,8 +258,8 @@ class RowReader:
                 tensors.append(None)
             else:
                 example, tokens, pixels = one
-                given.append(_hash_given(example, self.collator.access))
-                tensors.append(_hash_tensors(self.collator.collate([tokens], [pixels])))
+                given.append(hash_given(example, self.collator.access))
+                tensors.append(hash_tensors(self.collator.collate([tokens], [pixels])))
         if not given:
             raise ValueError(f"{self.name} is empty: there is no row to learn or to evaluate")
         num_rows = None if self.is_stream else len(self)
@@ -325,7 +325,7 @@ class RowReader:
             with naming_row(name):
                 decoded = self.rows[number] if row is ... else self.decoded(row)  # type: ignore[index]
                 if marked:
-                    _mark_origins(decoded, self._encoded(number) if row is ... else row)
+                    mark_origins(decoded, self._encoded(number) if row is ... else row)
                 return self._convert(decoded, crop_seed, look)
         except BadImage as error:
             return BadRow(name, error.source.removesuffix(f" of {name}"), error.reason)
@@ -385,7 +385,7 @@ class Fingerprint:
         )
 
 
-def _hash_given(example: Example, access: ImageAccess) -> str:
+def hash_given(example: Example, access: ImageAccess) -> str:
     def given(item: PromptItem) -> Any:
         if isinstance(item, Turn):
             return [item.role, item.is_target, [given(part) for part in item.content]]
@@ -395,23 +395,23 @@ def _hash_given(example: Example, access: ImageAccess) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def _hash_tensors(batch: Batch) -> str:
+def hash_tensors(batch: Batch) -> str:
     digest = hashlib.sha256()
     for tensor in (batch.input_ids, batch.labels, batch.pixel_values):
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _mark_origins(decoded: Any, encoded: Any) -> None:
+def mark_origins(decoded: Any, encoded: Any) -> None:
     """Let the pictures that ``datasets`` has decoded tell what from, wherever in a row they are."""
     if isinstance(decoded, Image.Image) and isinstance(encoded, Mapping):
         mark_origin(decoded, encoded)
     elif isinstance(decoded, Mapping) and isinstance(encoded, Mapping):
         for key, value in decoded.items():
-            _mark_origins(value, encoded.get(key))
+            mark_origins(value, encoded.get(key))
     elif isinstance(decoded, list) and isinstance(encoded, list):
         for value, part in zip(decoded, encoded, strict=False):
-            _mark_origins(value, part)
+            mark_origins(value, part)
 
 
 def crop_seed(seed: int, epoch: int, row: int) -> int:

@@ -243,29 +243,31 @@ def estimate_memory(
     check_choice("optim", optim, Optim)
     config = _configuration(checkpoint, revision)
     dtype = DTYPES[precision]
-    model = _on_meta(config, dtype, quantize, lora)
+    model = model_on_meta(config, dtype, quantize, lora)
     with FakeTensorMode(), torch.device("cuda"):
-        _materialize(model, dtype)
+        materialize(model, dtype)
         # Two points of a straight line; at 1, some copies would be views.
-        two, three = (_forward(model, config, n, text_tokens, images, dtype) for n in (2, 3))
+        two, three = (traced_forward(model, config, n, text_tokens, images, dtype) for n in (2, 3))
 
     def line(at_two: int, at_three: int) -> Bytes:
         return Bytes(3 * at_two - 2 * at_three, at_three - at_two)
 
     trainable = [p for p in model.parameters() if p.requires_grad]
-    quantized = _quantized_tensors(model)
-    everything = _storages([*model.parameters(), *model.buffers(), *quantized])
-    adapters = _total(_storages(trainable))
+    quantized = quantized_tensors(model)
+    everything = storage_bytes([*model.parameters(), *model.buffers(), *quantized])
+    adapters = total_bytes(storage_bytes(trainable))
 
     num_logits = text_tokens * (config.vocab_size + config.additional_vocab_size)
     logits = Bytes(0, num_logits * dtype.itemsize)
     largest = max(range(len(three.inside)), key=three.inside.__getitem__)
     # At most: the gradients of gate, up and their product beside an MLP's weight, dequantised.
-    dequantized = max((_num_weights(m) for m in _linear4bit(model)), default=0) * dtype.itemsize
+    dequantized = (
+        max((num_weights(m) for m in linear4bit_layers(model)), default=0) * dtype.itemsize
+    )
     # At most: an identity (fp32 and cast), the product of the matrices, scaled, and the weight.
     dora = max(
         (
-            4 * m.in_features**2 + dtype.itemsize * (m.in_features**2 + 4 * _num_weights(m))
+            4 * m.in_features**2 + dtype.itemsize * (m.in_features**2 + 4 * num_weights(m))
             for m in model.modules()
             if getattr(m, "lora_magnitude_vector", None)
         ),
@@ -278,8 +280,8 @@ def estimate_memory(
         micro_batch=micro_batch,
         gradient_checkpointing=gradient_checkpointing,
         precision=precision,
-        quantized_weights=_total(_storages(quantized)),
-        other_weights=_total(everything) - _total(_storages(quantized)) - adapters,
+        quantized_weights=total_bytes(storage_bytes(quantized)),
+        other_weights=total_bytes(everything) - total_bytes(storage_bytes(quantized)) - adapters,
         adapters=adapters,
         gradients=adapters,
         optimizer=sum(_optimizer_bytes(p.numel(), optim) for p in trainable),
@@ -302,7 +304,7 @@ def _configuration(
 # --- the model, without data ---------------------------------------------------------------------
 
 
-def _on_meta(
+def model_on_meta(
     config: IdeficsConfig, dtype: torch.dtype, quantize: bool, lora: LoraConfig | None
 ) -> PeftModel:
     """The model with adapters that a run would train, on the meta device."""
@@ -333,9 +335,9 @@ def _on_meta(
         return add_lora(base, lora).train()
 
 
-def _materialize(model: nn.Module, dtype: torch.dtype) -> None:
+def materialize(model: nn.Module, dtype: torch.dtype) -> None:
     """Move a model from the meta device to the current one, in the dtypes of training."""
-    for layer in _linear4bit(model):
+    for layer in linear4bit_layers(model):
         weight: Any = Parameter(_packed(layer), requires_grad=False)
         weight.compress_statistics, weight.quant_type = True, "nf4"
         weight.quant_state = _quant_state(layer, dtype)
@@ -355,14 +357,14 @@ def _materialize(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _packed(module: Any) -> Tensor:
     """An NF4 weight as bitsandbytes stores it: two values per byte."""
-    return torch.empty(-(-_num_weights(module) // 2), 1, dtype=torch.uint8)
+    return torch.empty(-(-num_weights(module) // 2), 1, dtype=torch.uint8)
 
 
 def _quant_state(module: Any, dtype: torch.dtype) -> Any:
     """The scales of its blocks, quantised themselves, as bitsandbytes makes them."""
     from bitsandbytes.functional import QuantState
 
-    blocks = -(-_num_weights(module) // 64)
+    blocks = -(-num_weights(module) // 64)
     return QuantState(
         absmax=torch.empty(blocks, dtype=torch.uint8),
         shape=torch.Size((module.out_features, module.in_features)),
@@ -387,19 +389,19 @@ def _dequantized(module: Any) -> Tensor:
     return weight
 
 
-def _linear4bit(model: nn.Module) -> list[Any]:
+def linear4bit_layers(model: nn.Module) -> list[Any]:
     import bitsandbytes as bnb
 
     return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
-def _num_weights(module: Any) -> int:
+def num_weights(module: Any) -> int:
     return int(module.in_features * module.out_features)
 
 
-def _quantized_tensors(model: nn.Module) -> list[Tensor]:
+def quantized_tensors(model: nn.Module) -> list[Tensor]:
     tensors = []
-    for module in _linear4bit(model):
+    for module in linear4bit_layers(model):
         state = module.weight.quant_state
         tensors += [module.weight, state.absmax, state.code, state.offset]
         tensors += [state.state2.absmax, state.state2.code]
@@ -454,7 +456,7 @@ class _Recorder:
 
     def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        self.inputs.update(_storages(tensors))
+        self.inputs.update(storage_bytes(tensors))
         self.num_layers += 1
         self.in_layer = True
 
@@ -467,14 +469,14 @@ class _Recorder:
         for layer, handle in self.saved:
             if (held := handle()) is not None:
                 by_layer[layer].append(held.tensor)
-        saved = {layer: _storages(tensors) for layer, tensors in by_layer.items()}
+        saved = {layer: storage_bytes(tensors) for layer, tensors in by_layer.items()}
         outside = {**saved.pop(None), **self.inputs}
-        everything = _storages([tensor for tensors in by_layer.values() for tensor in tensors])
+        everything = storage_bytes([tensor for tensors in by_layer.values() for tensor in tensors])
         return _Saved(
-            kept=_total(everything),
-            inputs=_total(outside),
+            kept=total_bytes(everything),
+            inputs=total_bytes(outside),
             inside=[
-                _total({s: size for s, size in layer.items() if s not in outside})
+                total_bytes({s: size for s, size in layer.items() if s not in outside})
                 for layer in saved.values()
             ],
             largest=max((size for layer in saved.values() for size in layer.values()), default=0),
@@ -488,7 +490,7 @@ class _Handle:
         self.tensor = tensor
 
 
-def _forward(
+def traced_forward(
     model: PeftModel,
     config: IdeficsConfig,
     micro_batch: int,
@@ -507,7 +509,7 @@ def _forward(
         "image_attention_mask": torch.ones(micro_batch, text_tokens, images, dtype=torch.bool),
     }
     present = [*model.parameters(), *model.buffers(), *batch.values()]
-    recorder = _Recorder(_storages(present))
+    recorder = _Recorder(storage_bytes(present))
     hooks = []
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -576,12 +578,12 @@ class _FusedAttention(torch.autograd.Function):
 # --- counting ------------------------------------------------------------------------------------
 
 
-def _storages(tensors: list[Tensor]) -> dict[Any, int]:
+def storage_bytes(tensors: list[Tensor]) -> dict[Any, int]:
     """Memory behind tensors, each piece once however many views share it, and its bytes."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage: storage.nbytes() for storage in storages}
 
 
-def _total(storages: dict[Any, int]) -> int:
+def total_bytes(storages: dict[Any, int]) -> int:
     """Bytes of memory, each piece rounded up to 512 bytes as the CUDA allocator does."""
     return sum(-(-size // 512) * 512 for size in storages.values())
