@@ -35,11 +35,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import idefics_qlora as iq
-from idefics_qlora.batches import Collator
-from idefics_qlora.examples import first_sentence, pokemon_card_example
-from idefics_qlora.loading import Loading
+from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.example import first_sentence, pokemon_card_example
+from idefics_qlora.data.loading import Loading
+from idefics_qlora.data.windows import RowReader, Windows
 from idefics_qlora.machine import library_versions
-from idefics_qlora.windows import RowReader, Windows
 
 SIDE = 224
 WINDOW = 16

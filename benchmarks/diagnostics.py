@@ -21,17 +21,17 @@ from typing import Any
 import torch
 
 import idefics_qlora as iq
-from idefics_qlora.batches import Collator
-from idefics_qlora.diagnostics import (
+from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.example import pokemon_card_example
+from idefics_qlora.data.windows import RowReader, Windows
+from idefics_qlora.machine import library_versions
+from idefics_qlora.model.loading import trainable_parameters
+from idefics_qlora.training.diagnostics import (
     check_labels,
     gradient_coverage,
     unmoved_modules,
     weight_marks,
 )
-from idefics_qlora.examples import pokemon_card_example
-from idefics_qlora.machine import library_versions
-from idefics_qlora.model import trainable_parameters
-from idefics_qlora.windows import RowReader, Windows
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -28,18 +28,18 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 import idefics_qlora as iq
-from idefics_qlora.batches import Collator
-from idefics_qlora.examples import pokemon_card_example
-from idefics_qlora.loss import summed_cross_entropy
+from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.example import pokemon_card_example
+from idefics_qlora.data.windows import RowReader, Windows
 from idefics_qlora.machine import library_versions
-from idefics_qlora.model import (
+from idefics_qlora.model.loading import (
     DTYPES,
     autocast,
     set_compute_dtype,
     trainable_parameters,
 )
-from idefics_qlora.optim import make_optimizer
-from idefics_qlora.windows import RowReader, Windows
+from idefics_qlora.model.loss import summed_cross_entropy
+from idefics_qlora.training.optim import make_optimizer
 
 
 def ours(model: Any, processor: Any, rows: list[Any], config: iq.TrainConfig) -> float:

@@ -22,9 +22,9 @@ from full_size import ARCHITECTURES, configuration, random_4bit_model
 from peft import PeftModel
 
 import idefics_qlora as iq
-from idefics_qlora.batches import Collator
+from idefics_qlora.data.batches import Collator
 from idefics_qlora.machine import library_versions
-from idefics_qlora.memory import CARDS, MemoryEstimate, estimate_memory
+from idefics_qlora.model.memory import CARDS, MemoryEstimate, estimate_memory
 
 COLUMNS = (
     *("text tokens", "images", "micro-batch", "activations"),

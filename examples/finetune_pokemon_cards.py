@@ -21,8 +21,8 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from peft import LoraConfig
 
 import idefics_qlora as iq
-from idefics_qlora.examples import QUESTION, pokemon_card_example
-from idefics_qlora.images import ImageAccess, prefetch_images
+from idefics_qlora.data.example import QUESTION, pokemon_card_example
+from idefics_qlora.images.opening import ImageAccess, prefetch_images
 
 
 def main(arguments: list[str] | None = None) -> iq.TrainResult:

@@ -6,8 +6,9 @@ import pytest
 from helpers import config_of
 
 import idefics_qlora as iq
-from idefics_qlora.examples import pokemon_card_example
-from idefics_qlora.images import ImageAccess, open_image, prefetch_images
+from idefics_qlora.data.example import pokemon_card_example
+from idefics_qlora.data.windows import epoch_order
+from idefics_qlora.images.opening import ImageAccess, open_image, prefetch_images
 
 SMALL = ImageAccess(max_pixels=100)
 TOO_LARGE = r"120 x 160 pixels are over 100 \(ImageAccess.max_pixels\)"
@@ -86,7 +87,7 @@ def test_loader_workers_keep_to_the_access(lora, processor, picture, tmp_path):
     """Rows that are read only by a worker, after those that are checked at the start."""
     for row in range(72):
         picture.save(tmp_path / f"{row}.png")
-    late = int(iq.windows.epoch_order(42, 0, 72)[70])
+    late = int(epoch_order(42, 0, 72)[70])
     picture.resize((400, 400)).save(tmp_path / f"{late}.png")
     rows = [
         {"prompt": "What?", "completion": " A.", "image": str(tmp_path / f"{row}.png")}

@@ -8,7 +8,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from idefics_qlora.cpu import prepare_for_cpu
+from idefics_qlora.model.cpu import prepare_for_cpu
 
 
 @pytest.fixture

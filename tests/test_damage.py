@@ -18,8 +18,8 @@ from peft import LoraConfig
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import CheckpointError, load_checkpoint
-from idefics_qlora.faults import BadRows
-from idefics_qlora.windows import BadRow
+from idefics_qlora.data.windows import BadRow
+from idefics_qlora.process import BadRows
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "manifest.json")
 FILES += ("optimizer.safetensors", "rng.safetensors", "state.json")

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import idefics_qlora as iq
-from idefics_qlora.batches import IGNORE, Collator
 from idefics_qlora.checkpoint import load_checkpoint
-from idefics_qlora.diagnostics import check_labels
-from idefics_qlora.examples import pokemon_card_example
-from idefics_qlora.model import trainable_parameters
-from idefics_qlora.windows import RowReader, Windows
+from idefics_qlora.data.batches import IGNORE, Collator
+from idefics_qlora.data.example import pokemon_card_example
+from idefics_qlora.data.windows import RowReader, Windows
+from idefics_qlora.model.loading import trainable_parameters
+from idefics_qlora.training.diagnostics import check_labels
 
 config_of = partial(helpers.config_of, max_steps=2, global_batch_size=4)
 
@@ -54,7 +54,7 @@ def test_the_usual_preparation_kills_the_vision_tower(
     base.enable_input_require_grads()
     model = iq.add_lora(base)
     before = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
-    monkeypatch.setattr("idefics_qlora.model.set_activation_checkpointing", lambda *_: None)
+    monkeypatch.setattr("idefics_qlora.model.loading.set_activation_checkpointing", lambda *_: None)
     with pytest.raises(iq.DeadAdapters, match=r"no adapter of the vision tower got a gradient"):
         iq.train(model, processor, examples, config=config_of(tmp_path))
     after = trainable_parameters(model)

@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset
 
 import idefics_qlora as iq
-from idefics_qlora.examples import pokemon_card_example
+from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.example import as_example, pokemon_card_example
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]}
@@ -158,7 +159,7 @@ def test_the_data_page_shows_the_dialogues_as_they_are(family, request):
     messages = re.search(r'"messages": \[.*?\n        \]', DATA, re.DOTALL)
     row = eval("{" + messages[0] + "}")
     picture = iq.tiny.creature_cards(1, seed=0)[0]["image"]
-    example = iq.examples.as_example({**row, "images": [picture, picture]})
-    (tokens,) = iq.batches.Collator(processor).tokens([example])
+    example = as_example({**row, "images": [picture, picture]})
+    (tokens,) = Collator(processor).tokens([example])
     text = processor.tokenizer.decode(tokens.ids).replace("<fake_token_around_image>", "")
     assert text == dialogues[family == "processor"]

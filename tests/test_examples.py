@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import idefics_qlora as iq
-from idefics_qlora.examples import (
+from idefics_qlora.data.example import (
     QUESTION,
     Turn,
     as_example,

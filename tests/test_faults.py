@@ -22,10 +22,11 @@ from torch.utils.data import Dataset, get_worker_info
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
-from idefics_qlora.faults import RunLock, StopSignals
-from idefics_qlora.loading import LoaderError, Loading
-from idefics_qlora.model import adapter_tensors
-from idefics_qlora.windows import epoch_order
+from idefics_qlora.data.loading import LoaderError, Loading
+from idefics_qlora.data.windows import epoch_order
+from idefics_qlora.model.loading import adapter_tensors
+from idefics_qlora.process import RunLock, StopSignals
+from idefics_qlora.training.loop import summed_cross_entropy
 
 SETTINGS = {
     "max_steps": 6,
@@ -586,13 +587,13 @@ def test_an_endless_overflow_saves_its_scale(lora, processor, examples, tmp_path
 
 def test_an_infinite_loss_is_an_overflow(lora, processor, examples, tmp_path, monkeypatch):
     """In fp16 a loss that is not finite skips the window, though every gradient is finite."""
-    real, losses = iq.training.summed_cross_entropy, []
+    real, losses = summed_cross_entropy, []
 
     def infinite_once(logits, labels):
         losses.append(real(logits, labels))
         return losses[-1] + (torch.inf if len(losses) == 1 else 0.0)
 
-    monkeypatch.setattr("idefics_qlora.training.summed_cross_entropy", infinite_once)
+    monkeypatch.setattr("idefics_qlora.training.loop.summed_cross_entropy", infinite_once)
     config = config_of(tmp_path, load_best_model_at_end=False, max_steps=1)
     result = iq.train(lora, processor, examples, config=config)
     assert result.metrics["skipped_windows"] == 1

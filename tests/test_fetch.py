@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 
 import idefics_qlora as iq
-from idefics_qlora import fetch
-from idefics_qlora.fetch import Cache, is_public, retry_after_s
-from idefics_qlora.images import ImageAccess, open_image, prefetch_images
+from idefics_qlora.images import fetch
+from idefics_qlora.images.fetch import Cache, is_public, retry_after_s
+from idefics_qlora.images.opening import ImageAccess, open_image, prefetch_images
 
 PICTURE = io.BytesIO()
 Image.new("RGB", (30, 20), "green").save(PICTURE, "PNG")

@@ -10,12 +10,12 @@ from helpers import config_of
 from PIL import Image, ImageFile
 
 import idefics_qlora as iq
-from idefics_qlora.batches import Collator
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.checkpoint import save_checkpoint as save
-from idefics_qlora.examples import Turn
-from idefics_qlora.images import open_image
-from idefics_qlora.windows import RowReader
+from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.example import Turn
+from idefics_qlora.data.windows import RowReader
+from idefics_qlora.images.opening import open_image
 
 QUESTION = "Question: What's on the picture? Answer:"
 

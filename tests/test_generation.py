@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import idefics_qlora as iq
-from idefics_qlora.batches import AROUND_IMAGE, IMAGE_TOKEN
-from idefics_qlora.model import set_compute_dtype
+from idefics_qlora.data.batches import AROUND_IMAGE, IMAGE_TOKEN
+from idefics_qlora.model.loading import set_compute_dtype
 
 QUESTION = "Question: What's on the picture? Answer:"
 

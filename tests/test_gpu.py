@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import idefics_qlora as iq
-from idefics_qlora.examples import pokemon_card_example
-from idefics_qlora.model import adapter_tensors
+from idefics_qlora.data.example import pokemon_card_example
+from idefics_qlora.model.loading import adapter_tensors
 
 pytestmark = pytest.mark.gpu
 
@@ -69,7 +69,7 @@ def test_training_learns(on_gpu, tmp_path, cards, precision):
 
 def test_the_optimizer_pages_large_states_and_holds_8_bit_ones():
     """From 100,000 elements on, the recipe's optimizer keeps its states in paged memory."""
-    from idefics_qlora.optim import make_optimizer
+    from idefics_qlora.training.optim import make_optimizer
 
     parameter = torch.nn.Parameter(torch.randn(400, 400, device="cuda:0"))
     optimizer = make_optimizer([parameter], iq.TrainConfig(output_dir="unused"))
@@ -85,7 +85,7 @@ def test_the_optimizer_pages_large_states_and_holds_8_bit_ones():
 
 def test_resumed_states_are_paged_again():
     """A state that comes from a checkpoint is paged as it was, and the next step is the same."""
-    from idefics_qlora.optim import load_optimizer_state, make_optimizer, optimizer_state
+    from idefics_qlora.training.optim import load_optimizer_state, make_optimizer, optimizer_state
 
     config = iq.TrainConfig(output_dir="unused")
     first = torch.nn.Parameter(torch.randn(400, 400, device="cuda:0"))

@@ -10,7 +10,7 @@ from helpers import config_of, same
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import CheckpointError, load_checkpoint
 from idefics_qlora.checkpoint import save_checkpoint as save
-from idefics_qlora.model import adapter_tensors
+from idefics_qlora.model.loading import adapter_tensors
 
 
 @pytest.fixture

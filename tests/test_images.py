@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter, PngImagePlugin
 
 import idefics_qlora as iq
 from idefics_qlora import decode, images
-from idefics_qlora.images import ImageAccess, full_image, open_image, random_crop
+from idefics_qlora.images.opening import ImageAccess, full_image, open_image, random_crop
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -17,9 +17,9 @@ from helpers import config_of, same
 from torch.utils.data import get_worker_info
 
 import idefics_qlora as iq
-from idefics_qlora.loading import LoaderError
-from idefics_qlora.model import adapter_tensors
-from idefics_qlora.windows import epoch_order
+from idefics_qlora.data.loading import LoaderError
+from idefics_qlora.data.windows import epoch_order
+from idefics_qlora.model.loading import adapter_tensors
 
 LIMITED = {"max_steps": 6, "global_batch_size": 4, "save_steps": 6, "loader_timeout_s": 60.0}
 
@@ -72,7 +72,7 @@ def test_a_window_that_cannot_be_handed_over(base, processor, examples, tmp_path
 FULL = """
 import sys
 import idefics_qlora as iq
-from idefics_qlora.examples import pokemon_card_example
+from idefics_qlora.data.example import pokemon_card_example
 
 model, processor = iq.tiny.load_model(device="cpu")
 cards = iq.tiny.creature_cards(8, seed=0)

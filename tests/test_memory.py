@@ -11,22 +11,22 @@ import memory as benchmark
 import pytest
 import torch
 from full_size import configuration, random_4bit_model
+from idefics_qlora.memory.__main__ import main
 from peft import LoraConfig
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import idefics_qlora as iq
-from idefics_qlora import memory
-from idefics_qlora.loss import summed_cross_entropy
-from idefics_qlora.memory import estimate_memory
-from idefics_qlora.memory.__main__ import main
-from idefics_qlora.model import (
+from idefics_qlora.model import memory
+from idefics_qlora.model.loading import (
     set_activation_checkpointing,
     set_compute_dtype,
     trainable_parameters,
 )
-from idefics_qlora.optim import make_optimizer
+from idefics_qlora.model.loss import summed_cross_entropy
+from idefics_qlora.model.memory import estimate_memory
+from idefics_qlora.training.optim import make_optimizer
 
 TEXT_TOKENS, IMAGES = 61, 2
 
@@ -285,7 +285,7 @@ def test_the_table_has_every_part_and_card(capsys):
 
 def test_the_command_says_nothing_else():
     """No warning that the package has imported the module already."""
-    command = [sys.executable, "-m", "idefics_qlora.memory", "--help"]
+    command = [sys.executable, "-m", "idefics_qlora.model.loading.memory", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert "usage: python -m idefics_qlora.memory" in done.stdout

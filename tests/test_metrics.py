@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import idefics_qlora as iq
-from idefics_qlora.metrics import (
+from idefics_qlora.evaluation.metrics import (
     anls,
     bleu,
     chrf,

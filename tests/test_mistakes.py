@@ -4,7 +4,7 @@ import pytest
 from helpers import config_of
 
 import idefics_qlora as iq
-from idefics_qlora.evaluation import FEW_ROWS
+from idefics_qlora.evaluation.held_out import FEW_ROWS
 
 
 def calls(model, processor, rows, tmp_path):

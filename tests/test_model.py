@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import IdeficsForVisionText2Text
 
 import idefics_qlora as iq
-from idefics_qlora.batches import Collator
-from idefics_qlora.loss import summed_cross_entropy
-from idefics_qlora.model import (
+from idefics_qlora.data.batches import Collator
+from idefics_qlora.model.loading import (
     adapter_tensors,
     autocast,
     base_fingerprint,
@@ -24,6 +23,7 @@ from idefics_qlora.model import (
     set_compute_dtype,
     training_flops,
 )
+from idefics_qlora.model.loss import summed_cross_entropy
 
 
 def backward(model, batch, dtype=torch.float32):

@@ -9,9 +9,10 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 import idefics_qlora as iq
-from idefics_qlora import preview as preview_module
-from idefics_qlora.batches import IGNORE, Collator
-from idefics_qlora.windows import RowReader, Windows
+from idefics_qlora.data import preview as preview_module
+from idefics_qlora.data.batches import IGNORE, Collator
+from idefics_qlora.data.example import as_example
+from idefics_qlora.data.windows import RowReader, Windows
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def preview(instruct_processor, rows, tmp_path):
 def test_it_shows_the_very_batch(preview, instruct_processor, rows):
     """Ids, targets and the images that tokens see are those of the tensors."""
     collator = Collator(instruct_processor)
-    batch = collator([iq.examples.as_example(row) for row in rows])
+    batch = collator([as_example(row) for row in rows])
     for b, shown in enumerate(preview.examples):
         length = len(shown.tokens)
         assert [t.id for t in shown.tokens] == batch.input_ids[b, :length].tolist()

@@ -12,6 +12,7 @@ from peft import LoraConfig
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.checkpoint import save_checkpoint as save
+from idefics_qlora.model.loading import adapter_tensors
 
 STEPS = 6
 CLOCKS = ("seconds", "data_wait_s", "eval_runtime", "eval_samples_per_second")
@@ -219,7 +220,7 @@ def test_what_failed_is_made_up_for(base, processor, rows, tmp_path, where, step
         assert differences(tmp_path / "whole" / name, tmp_path / "failed" / name) == []
     assert history(result.log_history)[:-1] == history(whole.log_history)[:-1]
     assert result.best_checkpoint.name == whole.best_checkpoint.name
-    theirs, ours = (iq.model.adapter_tensors(m) for m in (whole_model, model))
+    theirs, ours = (adapter_tensors(m) for m in (whole_model, model))
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
     # on_log had every record once, and the one that it failed on once more each time.
     once = [r for i, r in enumerate(told) if i == 0 or r != told[i - 1]]
@@ -353,7 +354,7 @@ def test_a_finished_run_returns_its_result_at_once(base, processor, rows, tmp_pa
         first.best_checkpoint,
     )
     best = load_checkpoint(first.best_checkpoint).adapter
-    ours = iq.model.adapter_tensors(model)
+    ours = adapter_tensors(model)
     assert all(torch.equal(best[key], ours[key]) for key in best)
 
 
@@ -509,7 +510,7 @@ def test_fewer_steps_than_done_is_finished(base, processor, rows, tmp_path):
     model, result = run(base, processor, rows, dataclasses.replace(config, max_steps=3))
     assert (result.global_step, result.stopped_by) == (4, None)
     best = load_checkpoint(result.best_checkpoint).adapter
-    ours = iq.model.adapter_tensors(model)
+    ours = adapter_tensors(model)
     assert all(torch.equal(best[key], ours[key]) for key in best)
 
 

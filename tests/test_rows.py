@@ -9,10 +9,10 @@ import torch
 from helpers import config_of, same
 
 import idefics_qlora as iq
-from idefics_qlora.batches import Collator
-from idefics_qlora.loading import Loading
-from idefics_qlora.model import adapter_tensors
-from idefics_qlora.windows import EvalBatches, RowReader, StreamedWindows
+from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.loading import Loading
+from idefics_qlora.data.windows import EvalBatches, RowReader, StreamedWindows, Windows, epoch_order
+from idefics_qlora.model.loading import adapter_tensors
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_nothing_takes_a_bad_rows_place(processor, rows):
     good = [row if i != 5 else rows[6] for i, row in enumerate(rows)]
     options = {"seed": 1, "global_batch_size": 8, "augment": True}
     with_bad, without = (
-        iq.windows.Windows(RowReader(r, "train_rows", None, Collator(processor)), **options)
+        Windows(RowReader(r, "train_rows", None, Collator(processor)), **options)
         for r in (rows, good)
     )
     for w in range(5):
@@ -81,7 +81,7 @@ def test_an_error_of_to_example_names_the_row(lora, processor, examples, tmp_pat
 def test_too_many_bad_rows_stop_the_run(base, processor, examples, tmp_path):
     """More than five in a hundred are no accident: the run stops, saved, with the first reasons."""
     rows = [{"prompt": e.prompt, "completion": e.completion} for e in examples * 4]
-    bad = [row for row in iq.windows.epoch_order(42, 0, len(rows))[64:] if row][:12]
+    bad = [row for row in epoch_order(42, 0, len(rows))[64:] if row][:12]
     for row in bad:
         rows[row] = {"text": "no format"}
     config = config_of(tmp_path, max_steps=None)
@@ -236,7 +236,7 @@ def test_a_failing_evaluation_saves_first(lora, processor, examples, tmp_path, m
     def fails(*_):
         raise RuntimeError("the evaluation fails")
 
-    monkeypatch.setattr("idefics_qlora.run.mean_loss", fails)
+    monkeypatch.setattr("idefics_qlora.training.run.mean_loss", fails)
     config = config_of(tmp_path, eval_steps=3, save_steps=4)
     with pytest.raises(RuntimeError, match="the evaluation fails"):
         iq.train(lora, processor, examples, examples[:2], config=config)

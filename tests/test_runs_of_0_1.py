@@ -12,6 +12,7 @@ from runs_0_1 import write
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.machine import COMPUTING
+from idefics_qlora.model.loading import adapter_tensors
 
 HERE = Path(__file__).parent / "runs_0_1"
 LAST = "checkpoint-4"
@@ -90,7 +91,7 @@ def test_an_adapter_of_0_1_loads(tmp_path):
     """``load_finetuned`` takes a checkpoint of 0.1, with its base where it is now."""
     model, _ = iq.load_finetuned(HERE / "fp16" / LAST, base=iq.tiny.BASE, device="cpu")
     theirs = load_checkpoint(HERE / "fp16" / LAST).adapter
-    assert_equal(iq.model.adapter_tensors(model), theirs, tolerance=0.0)
+    assert_equal(adapter_tensors(model), theirs, tolerance=0.0)
 
 
 def test_the_runs_are_those_of_0_1():

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 import idefics_qlora as iq
-from idefics_qlora.batches import Collator
-from idefics_qlora.checks import FirstRows, tell_same_rows
-from idefics_qlora.examples import pokemon_card_example
+from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.checks import FirstRows, tell_same_rows
+from idefics_qlora.data.example import pokemon_card_example
+from idefics_qlora.data.windows import RowReader, epoch_order
 from idefics_qlora.notices import Notices
-from idefics_qlora.windows import RowReader
 
 config_of = partial(helpers.config_of, max_steps=1)
 
@@ -271,7 +271,7 @@ def test_missing_pictures_are_told(processor):
 def test_a_row_many_times_longer_is_told(lora, processor, tmp_path, caplog):
     """Among the first rows, or in a later window; with its cost and a max_length."""
     rows = rows_of(72)
-    order = iq.windows.epoch_order(42, 0, 72).tolist()
+    order = epoch_order(42, 0, 72).tolist()
     early, late = order[5], order[70]
     for row in (early, late):
         rows[row]["completion"] += " And on it goes." * 40

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import idefics_qlora as iq
+from idefics_qlora.data.batches import Collator
 from idefics_qlora.tiny.cards import all_cards
 
 
@@ -80,7 +81,7 @@ def test_the_base_is_a_whole_idefics_in_five_megabytes(base):
 
 def test_the_base_looks_at_pictures(base, processor):
     """It was pre-trained, and its answer depends on the picture: another picture, other logits."""
-    collator = iq.batches.Collator(processor)
+    collator = Collator(processor)
     cards = iq.tiny.creature_cards(2, seed=0)
     same = "Question: What's on the picture? Answer:"
     batch = collator([iq.Example([card["image"], same], " It") for card in cards])

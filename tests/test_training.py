@@ -10,17 +10,17 @@ from peft import LoraConfig
 from torch.nn import functional as F
 
 import idefics_qlora as iq
-from idefics_qlora.batches import Collator
-from idefics_qlora.model import (
+from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.windows import RowReader, Windows
+from idefics_qlora.model.loading import (
     DTYPES,
     adapter_tensors,
     set_compute_dtype,
     trainable_parameters,
 )
-from idefics_qlora.optim import lr_at, make_optimizer
-from idefics_qlora.state import TrainState
-from idefics_qlora.training import train_step
-from idefics_qlora.windows import RowReader, Windows
+from idefics_qlora.training.loop import train_step
+from idefics_qlora.training.optim import lr_at, make_optimizer
+from idefics_qlora.training.state import TrainState
 
 
 def without_dropout(base):

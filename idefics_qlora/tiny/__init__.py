@@ -39,6 +39,6 @@ def load_model(**kwargs: Any) -> tuple[IdeficsForVisionText2Text, IdeficsProcess
         OSError: The installation lacks the base's files.
     """
     # Imported late: drawing cards needs neither torch nor transformers.
-    from idefics_qlora.model import load_model as load
+    from idefics_qlora.model.loading import load_model as load
 
     return load(BASE, **kwargs)

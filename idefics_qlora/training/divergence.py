@@ -12,10 +12,10 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from idefics_qlora import model as models
-from idefics_qlora.batches import Batch
 from idefics_qlora.checkpoint import CheckpointError, load_checkpoint
-from idefics_qlora.loss import summed_cross_entropy
+from idefics_qlora.data.batches import Batch
+from idefics_qlora.model import loading as models
+from idefics_qlora.model.loss import summed_cross_entropy
 
 MARGIN = 1.0
 """Nats per target token by which an adapter may be worse than none: a little, by chance."""

@@ -21,9 +21,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from idefics_qlora import model as models
-from idefics_qlora.access import ImageAccess
-from idefics_qlora.batches import Collator
 from idefics_qlora.checkpoint import (
     CheckpointError,
     Snapshot,
@@ -40,31 +37,12 @@ from idefics_qlora.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from idefics_qlora.checks import FirstRows, Lengths, tell_same_rows
 from idefics_qlora.config import TrainConfig
-from idefics_qlora.diagnostics import (
-    EvalSamples,
-    check_labels,
-    image_use,
-    too_small_a_rate,
-    unmoved_modules,
-    weight_marks,
-)
-from idefics_qlora.divergence import Divergence
-from idefics_qlora.evaluation import mean_loss
-from idefics_qlora.examples import ToExample
-from idefics_qlora.faults import (
-    BadRows,
-    StopSignals,
-    advising,
-    first_nonfinite_module,
-    with_words,
-)
-from idefics_qlora.loading import LoaderError, Loading
-from idefics_qlora.notices import Notices
-from idefics_qlora.optim import allocate_states, make_optimizer
-from idefics_qlora.state import TrainState, new_run, restore_rng, rng_tensors
-from idefics_qlora.windows import (
+from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.checks import FirstRows, Lengths, tell_same_rows
+from idefics_qlora.data.example import ToExample
+from idefics_qlora.data.loading import LoaderError, Loading
+from idefics_qlora.data.windows import (
     EvalBatches,
     Fingerprint,
     RowReader,
@@ -74,6 +52,28 @@ from idefics_qlora.windows import (
     Windows,
     epoch_order,
 )
+from idefics_qlora.evaluation.held_out import mean_loss
+from idefics_qlora.images.access import ImageAccess
+from idefics_qlora.model import loading as models
+from idefics_qlora.notices import Notices
+from idefics_qlora.process import (
+    BadRows,
+    StopSignals,
+    advising,
+    first_nonfinite_module,
+    with_words,
+)
+from idefics_qlora.training.diagnostics import (
+    EvalSamples,
+    check_labels,
+    image_use,
+    too_small_a_rate,
+    unmoved_modules,
+    weight_marks,
+)
+from idefics_qlora.training.divergence import Divergence
+from idefics_qlora.training.optim import allocate_states, make_optimizer
+from idefics_qlora.training.state import TrainState, new_run, restore_rng, rng_tensors
 
 logger = logging.getLogger(__name__)
 

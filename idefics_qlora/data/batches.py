@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.config import LossOn, check_choice
-from idefics_qlora.examples import (
+from idefics_qlora.data.example import (
     Example,
     PromptItem,
     Turn,
     is_text,
     prompt_images,
 )
-from idefics_qlora.images import full_image, open_image, random_crop
+from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
+from idefics_qlora.images.opening import full_image, open_image, random_crop
 
 IGNORE = -100
 """Label of a token that is no target (the default ``ignore_index`` of PyTorch's cross-entropy)."""

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from idefics_qlora.faults import RunLock, ignore_stop_signals
+from idefics_qlora.process import RunLock, ignore_stop_signals
 
 T = TypeVar("T", covariant=True)
 

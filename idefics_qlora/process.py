@@ -23,9 +23,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from idefics_qlora.batches import Batch
 from idefics_qlora.config import OnBadRow, check_choice
-from idefics_qlora.windows import BadRow
+from idefics_qlora.data.batches import Batch
+from idefics_qlora.data.windows import BadRow
 
 logger = logging.getLogger(__name__)
 

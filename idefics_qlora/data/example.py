@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from PIL import Image
 
-from idefics_qlora.access import DEFAULT_ACCESS, BadImage, ImageAccess, opening_with
-from idefics_qlora.images import Source, open_image, part_source
+from idefics_qlora.images.access import DEFAULT_ACCESS, BadImage, ImageAccess, opening_with
+from idefics_qlora.images.opening import Source, open_image, part_source
 
 Role = Literal["system", "user", "assistant"]
 

@@ -36,7 +36,7 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from idefics_qlora.config import Optim, Precision, check_choice, check_whole
-from idefics_qlora.model import DTYPES, NOT_QUANTIZED, add_lora, load_config
+from idefics_qlora.model.loading import DTYPES, NOT_QUANTIZED, add_lora, load_config
 
 CARDS = (16, 24, 40, 80)
 """Nominal sizes of common cards in GB."""

@@ -26,7 +26,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from idefics_qlora.access import (
+from idefics_qlora.images.access import (
     DEFAULT_ACCESS,
     BadImage,
     ImageAccess,
@@ -35,21 +35,11 @@ from idefics_qlora.access import (
     is_url,
     read_file,
 )
-from idefics_qlora.decode import decode
+from idefics_qlora.images.decode import decode
 
 if TYPE_CHECKING:
-    from idefics_qlora.fetch import Downloader
+    from idefics_qlora.images.fetch import Downloader
 
-__all__ = [
-    "BadImage",
-    "FailedImage",
-    "ImageAccess",
-    "PrefetchResult",
-    "full_image",
-    "open_image",
-    "prefetch_images",
-    "random_crop",
-]
 
 CROP_SCALE = (0.9, 1.0)
 """Share of a training picture's area that a random crop keeps (the tutorial's values)."""
@@ -280,7 +270,7 @@ def prefetch_images(
     for index, source in _sources(_column(rows, column)):
         if source is None or isinstance(source, (str, Path)):
             wanted.setdefault(source or "", []).append(index)
-    from idefics_qlora.fetch import Cache  # late: it loads the HTTP client
+    from idefics_qlora.images.fetch import Cache  # late: it loads the HTTP client
 
     cache = Cache(access)
     failed: dict[str | Path, str] = {}
@@ -359,7 +349,7 @@ def _download_all(
     urls: dict[str, deque[str]], access: ImageAccess, num_threads: int, max_per_host: int
 ) -> Iterator[tuple[str, BadImage | None]]:
     """Download, check and keep every URL; yields each with what was wrong with it."""
-    from idefics_qlora.fetch import Downloader
+    from idefics_qlora.images.fetch import Downloader
 
     with (
         Downloader(access) as downloader,
@@ -394,7 +384,7 @@ def _download_all(
 
 
 def _keep(url: str, access: ImageAccess, downloader: Downloader) -> BadImage | None:
-    from idefics_qlora.fetch import Cache
+    from idefics_qlora.images.fetch import Cache
 
     name = f"{url!r:.500}"
     try:
@@ -409,7 +399,7 @@ def _keep(url: str, access: ImageAccess, downloader: Downloader) -> BadImage | N
 
 
 def _open_url(url: str, name: str, access: ImageAccess, min_side: int | None) -> Image.Image:
-    from idefics_qlora.fetch import Cache, Downloader  # late: it loads the HTTP client
+    from idefics_qlora.images.fetch import Cache, Downloader  # late: it loads the HTTP client
 
     cache = Cache(access)
     data = cache.get(url)

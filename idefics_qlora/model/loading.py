@@ -47,7 +47,7 @@ from idefics_qlora.checkpoint import (
     CheckpointError,
     load_adapter_files,
 )
-from idefics_qlora.cpu import prepare_for_cpu
+from idefics_qlora.model.cpu import prepare_for_cpu
 
 Model: TypeAlias = IdeficsForVisionText2Text | PeftModel
 """The base, or the base with an adapter."""

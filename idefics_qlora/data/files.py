@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from idefics_qlora.access import DEFAULT_ACCESS, BadImage, ImageAccess, checked_path, is_url
-from idefics_qlora.examples import IMAGE_COLUMNS
+from idefics_qlora.data.example import IMAGE_COLUMNS
+from idefics_qlora.images.access import DEFAULT_ACCESS, BadImage, ImageAccess, checked_path, is_url
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 """What a folder's metadata is called, as in the ``imagefolder`` of ``datasets``."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from idefics_qlora.access import BadImage, ImageAccess, check_size
+from idefics_qlora.images.access import BadImage, ImageAccess, check_size
 
 REFUSED_FORMATS = ("EPS", "IPTC")
 """Formats that are never opened. For EPS, Pillow starts Ghostscript on the file's program; an IPTC

@@ -22,10 +22,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from idefics_qlora.batches import Tokens
-from idefics_qlora.examples import PICTURE_ENDING, Captions, Example, PromptItem, Turn
+from idefics_qlora.data.batches import Tokens
+from idefics_qlora.data.example import PICTURE_ENDING, Captions, Example, PromptItem, Turn
+from idefics_qlora.data.windows import Look, RowReader, Rows
 from idefics_qlora.notices import Notices
-from idefics_qlora.windows import Look, RowReader, Rows
 
 REPEATED_ROWS = 8
 """First rows that ``to_example`` is given a second time."""

@@ -23,9 +23,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from idefics_qlora.access import ImageAccess
-from idefics_qlora.batches import Batch, Collator, Tokens
-from idefics_qlora.examples import (
+from idefics_qlora.data.batches import Batch, Collator, Tokens
+from idefics_qlora.data.example import (
     Captions,
     Example,
     PromptItem,
@@ -34,7 +33,8 @@ from idefics_qlora.examples import (
     as_example,
     naming_row,
 )
-from idefics_qlora.images import BadImage, mark_origin, origin
+from idefics_qlora.images.access import ImageAccess
+from idefics_qlora.images.opening import BadImage, mark_origin, origin
 
 
 @runtime_checkable

@@ -18,17 +18,17 @@ from torch.nn import Parameter
 
 from idefics_qlora.checkpoint import CheckpointError, Snapshot, checkpoint_path, step_of
 from idefics_qlora.config import TrainConfig
-from idefics_qlora.diagnostics import Coverage
+from idefics_qlora.data.windows import Fingerprint, Window
 from idefics_qlora.machine import COMPUTING, environment
-from idefics_qlora.model import (
+from idefics_qlora.model.loading import (
     adapter_config,
     adapter_tensors,
     load_adapter,
     same_base,
     trainable_parameters,
 )
-from idefics_qlora.optim import load_optimizer_state, lr_at, optimizer_state
-from idefics_qlora.windows import Fingerprint, Window
+from idefics_qlora.training.diagnostics import Coverage
+from idefics_qlora.training.optim import load_optimizer_state, lr_at, optimizer_state
 
 logger = logging.getLogger(__name__)
 

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from idefics_qlora import model as models
-from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
-from idefics_qlora.batches import IGNORE, Batch, Collator, Tokens
 from idefics_qlora.config import LossOn, TrainConfig, check_whole
-from idefics_qlora.examples import ToExample
-from idefics_qlora.faults import advising
-from idefics_qlora.generation import generate_from_tokens
-from idefics_qlora.images import write_png
-from idefics_qlora.loss import summed_cross_entropy
-from idefics_qlora.optim import lr_at
-from idefics_qlora.windows import RowReader, Rows, Window
+from idefics_qlora.data.batches import IGNORE, Batch, Collator, Tokens
+from idefics_qlora.data.example import ToExample
+from idefics_qlora.data.windows import RowReader, Rows, Window
+from idefics_qlora.evaluation.generation import generate_from_tokens
+from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
+from idefics_qlora.images.opening import write_png
+from idefics_qlora.model import loading as models
+from idefics_qlora.model.loss import summed_cross_entropy
+from idefics_qlora.process import advising
+from idefics_qlora.training.optim import lr_at
 
 logger = logging.getLogger(__name__)
 

@@ -18,20 +18,20 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from idefics_qlora import model as models
-from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.checkpoint import resolved
 from idefics_qlora.config import TrainConfig
-from idefics_qlora.diagnostics import check_coverage, gradient_coverage
-from idefics_qlora.examples import ToExample
-from idefics_qlora.faults import RunLock, StopSignals, with_words
-from idefics_qlora.loading import guarded_children
-from idefics_qlora.loss import summed_cross_entropy
-from idefics_qlora.memory import estimate_memory
-from idefics_qlora.optim import lr_at, reserve_update
-from idefics_qlora.run import Run, TrainResult, check_inputs
-from idefics_qlora.state import TrainState, restore_rng, rng_tensors
-from idefics_qlora.windows import Rows, Window
+from idefics_qlora.data.example import ToExample
+from idefics_qlora.data.loading import guarded_children
+from idefics_qlora.data.windows import Rows, Window
+from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
+from idefics_qlora.model import loading as models
+from idefics_qlora.model.loss import summed_cross_entropy
+from idefics_qlora.model.memory import estimate_memory
+from idefics_qlora.process import RunLock, StopSignals, with_words
+from idefics_qlora.training.diagnostics import check_coverage, gradient_coverage
+from idefics_qlora.training.optim import lr_at, reserve_update
+from idefics_qlora.training.run import Run, TrainResult, check_inputs
+from idefics_qlora.training.state import TrainState, restore_rng, rng_tensors
 
 logger = logging.getLogger(__name__)
 

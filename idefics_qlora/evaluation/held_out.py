@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from idefics_qlora import model as models
-from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
-from idefics_qlora.batches import Collator
 from idefics_qlora.config import LossOn, OnBadRow, check_whole
-from idefics_qlora.examples import ToExample
-from idefics_qlora.faults import BadRows, advising
-from idefics_qlora.loading import Loading
-from idefics_qlora.loss import summed_cross_entropy
-from idefics_qlora.windows import EvalBatches, RowReader, Rows, Window
+from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.example import ToExample
+from idefics_qlora.data.loading import Loading
+from idefics_qlora.data.windows import EvalBatches, RowReader, Rows, Window
+from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
+from idefics_qlora.model import loading as models
+from idefics_qlora.model.loss import summed_cross_entropy
+from idefics_qlora.process import BadRows, advising
 
 FEW_ROWS = 64
 """Bad rows are counted against at least as many: one dead picture of ten must not stop a run."""

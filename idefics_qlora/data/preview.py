@@ -15,15 +15,15 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess
-from idefics_qlora.batches import IGNORE, Collator
-from idefics_qlora.checks import FirstRows
 from idefics_qlora.config import LossOn
-from idefics_qlora.examples import ToExample
-from idefics_qlora.images import write_png
-from idefics_qlora.model import check_processor
+from idefics_qlora.data.batches import IGNORE, Collator
+from idefics_qlora.data.checks import FirstRows
+from idefics_qlora.data.example import ToExample
+from idefics_qlora.data.windows import RowReader, Rows, class_names, crop_seed
+from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
+from idefics_qlora.images.opening import write_png
+from idefics_qlora.model.loading import check_processor
 from idefics_qlora.notices import Notices
-from idefics_qlora.windows import RowReader, Rows, class_names, crop_seed
 
 
 class SeenToken(NamedTuple):

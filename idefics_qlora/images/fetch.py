@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import httpcore2
 import httpx2
 
-from idefics_qlora.access import BadImage, ImageAccess
+from idefics_qlora.images.access import BadImage, ImageAccess
 
 
 class Downloader:

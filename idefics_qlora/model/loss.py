@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from idefics_qlora.batches import IGNORE
+from idefics_qlora.data.batches import IGNORE
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from idefics_qlora.access import DEFAULT_ACCESS, ImageAccess, opening_with
-from idefics_qlora.batches import AROUND_IMAGE, IMAGE_TOKEN, Collator, Tokens, end_ids
-from idefics_qlora.checks import text_findings
 from idefics_qlora.config import check_whole
-from idefics_qlora.examples import PromptItem, as_prompt, naming_row
-from idefics_qlora.faults import advising
-from idefics_qlora.model import (
+from idefics_qlora.data.batches import AROUND_IMAGE, IMAGE_TOKEN, Collator, Tokens, end_ids
+from idefics_qlora.data.checks import text_findings
+from idefics_qlora.data.example import PromptItem, as_prompt, naming_row
+from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess, opening_with
+from idefics_qlora.model.loading import (
     Model,
     Processor,
     check_model_and_processor,
@@ -21,6 +20,7 @@ from idefics_qlora.model import (
     num_embeddings,
 )
 from idefics_qlora.notices import Notices
+from idefics_qlora.process import advising
 
 ONE_TEXT = {"num_return_sequences": 1, "return_dict_in_generate": False}
 """Options of transformers that hold in any case, whatever the model's own settings are."""

@@ -1,0 +1,1 @@
+"""From rows to windows of tensors."""

@@ -1,0 +1,1 @@
+"""What differs between the kinds of model, and nothing else."""

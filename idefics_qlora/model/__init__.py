@@ -1,0 +1,1 @@
+"""The 4-bit base, its adapters, their arithmetic and their memory."""
