@@ -22,10 +22,11 @@ import torch
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.example import pokemon_card_example
-from idefics_qlora.data.windows import RowReader, Windows
+from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.rows import RowReader
+from idefics_qlora.data.windows import Windows
 from idefics_qlora.machine import library_versions
-from idefics_qlora.model.loading import trainable_parameters
+from idefics_qlora.model.adapters import trainable_parameters
 from idefics_qlora.training.diagnostics import (
     check_labels,
     gradient_coverage,

@@ -26,8 +26,9 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 import idefics_qlora as iq
 from idefics_qlora.machine import library_versions
-from idefics_qlora.model.loading import NOT_QUANTIZED, set_compute_dtype
-from idefics_qlora.training.run import peak_memory_bytes
+from idefics_qlora.model.loading import NOT_QUANTIZED
+from idefics_qlora.model.precision import set_compute_dtype
+from idefics_qlora.training.result import peak_memory_bytes
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "9b": {

@@ -29,16 +29,13 @@ from transformers.utils import logging as transformers_logging
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.example import pokemon_card_example
-from idefics_qlora.data.windows import RowReader, Windows
+from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.rows import RowReader
+from idefics_qlora.data.windows import Windows
 from idefics_qlora.machine import library_versions
-from idefics_qlora.model.loading import (
-    DTYPES,
-    autocast,
-    set_compute_dtype,
-    trainable_parameters,
-)
+from idefics_qlora.model.adapters import trainable_parameters
 from idefics_qlora.model.loss import summed_cross_entropy
+from idefics_qlora.model.precision import DTYPES, autocast, set_compute_dtype
 from idefics_qlora.training.optim import make_optimizer
 
 

@@ -21,8 +21,9 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from peft import LoraConfig
 
 import idefics_qlora as iq
-from idefics_qlora.data.example import QUESTION, pokemon_card_example
-from idefics_qlora.images.opening import ImageAccess, prefetch_images
+from idefics_qlora.data.formats import QUESTION, pokemon_card_example
+from idefics_qlora.images.access import ImageAccess
+from idefics_qlora.images.prefetch import prefetch_images
 
 
 def main(arguments: list[str] | None = None) -> iq.TrainResult:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
+from collections.abc import Iterator
+
+import torch
 
 logger = logging.getLogger(__name__)
 
@@ -38,3 +42,37 @@ class Notices:
         )
         plural = "warning" if len(self.counts) == 1 else "warnings"
         return f"{len(self.counts)} {plural} in this run, told where first found: {kinds}"
+
+
+def with_words(error: Exception, words: str) -> Exception:
+    """An exception of the same type (or a ``RuntimeError`` that names it) with words added."""
+    message = f"{error}; {words}"
+    with contextlib.suppress(Exception):  # a type that wants other arguments
+        told = type(error)(message)
+        if words in str(told):
+            return told
+    return RuntimeError(f"{type(error).__name__}: {message}")
+
+
+@contextlib.contextmanager
+def advising(
+    what: str, otherwise: str = "shorten the longest examples (max_length)", **settings: int
+) -> Iterator[None]:
+    """Say what to lower when the GPU's memory does not suffice.
+
+    Args:
+        what: For what it does not suffice.
+        otherwise: What helps where no setting can be lowered.
+        **settings: What decides its size, with the present values; 1 cannot be lowered.
+
+    Raises:
+        torch.OutOfMemoryError: In the place of PyTorch's own.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        lower = " or ".join(f"{name} (now {size})" for name, size in settings.items() if size > 1)
+        raise torch.OutOfMemoryError(
+            f"{what} does not fit into the memory: {f'lower {lower}' if lower else otherwise}, or "
+            "free the GPU from other processes"
+        ) from error

@@ -6,26 +6,19 @@ Nothing here knows the loop; it asks these objects and decides.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import json
 import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-
-from idefics_qlora.config import OnBadRow, check_choice
-from idefics_qlora.data.batches import Batch
-from idefics_qlora.data.windows import BadRow
 
 logger = logging.getLogger(__name__)
 
@@ -81,119 +74,6 @@ def ignore_stop_signals() -> None:
     """
     for number in StopSignals.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-MAX_BAD_SHARE = 0.05
-"""Share of the rows seen that may be bad before a run stops."""
-
-
-def with_words(error: Exception, words: str) -> Exception:
-    """An exception of the same type (or a ``RuntimeError`` that names it) with words added."""
-    message = f"{error}; {words}"
-    with contextlib.suppress(Exception):  # a type that wants other arguments
-        told = type(error)(message)
-        if words in str(told):
-            return told
-    return RuntimeError(f"{type(error).__name__}: {message}")
-
-
-@contextlib.contextmanager
-def advising(
-    what: str, otherwise: str = "shorten the longest examples (max_length)", **settings: int
-) -> Iterator[None]:
-    """Say what to lower when the GPU's memory does not suffice.
-
-    Args:
-        what: For what it does not suffice.
-        otherwise: What helps where no setting can be lowered.
-        **settings: What decides its size, with the present values; 1 cannot be lowered.
-
-    Raises:
-        torch.OutOfMemoryError: In the place of PyTorch's own.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        lower = " or ".join(f"{name} (now {size})" for name, size in settings.items() if size > 1)
-        raise torch.OutOfMemoryError(
-            f"{what} does not fit into the memory: {f'lower {lower}' if lower else otherwise}, or "
-            "free the GPU from other processes"
-        ) from error
-
-
-class BadRows:
-    """What happens to rows that cannot be read: noted and left out, or raised.
-
-    Args:
-        policy: As in ``TrainConfig``.
-        ledger: File that gets a line of JSON (``row``, ``source``, ``reason``) for each bad row,
-            once, also over restarts; ``None``: no file.
-    """
-
-    def __init__(self, policy: OnBadRow, ledger: Path | None = None) -> None:
-        check_choice("on_bad_row", policy, OnBadRow)
-        self.policy = policy
-        self.ledger = ledger
-        self.reasons: dict[str, str] = {}
-        if ledger is None or not os.path.lexists(ledger):
-            return
-        try:
-            if not ledger.is_file():  # a pipe would block
-                raise OSError(errno.EINVAL, "it is no file")
-            lines = ledger.read_bytes().splitlines()
-        except OSError as error:
-            logger.warning(
-                "%s cannot be read (%s): bad rows are not noted there; delete it",
-                *(ledger, error.strerror),
-            )
-            self.ledger = None
-            return
-        for line in lines:  # a killed process may have left half of one
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-                record = json.loads(line)
-                self.reasons[record["row"]] = f"{record['row']}: {record['reason']}"
-
-    def note(self, bad: Iterable[BadRow]) -> None:
-        """Raise, or note the rows that are new.
-
-        Raises:
-            ValueError: With the policy ``raise`` (``BadImage`` if a picture is the reason).
-        """
-        for row in bad:
-            if self.policy == "raise":
-                raise row.error()
-            if row.row in self.reasons:
-                continue
-            self.reasons[row.row] = str(row.error())
-            logger.warning("left out: %s", row.error())
-            if self.ledger is not None:
-                record = {"row": row.row, "source": row.source, "reason": row.reason}
-                try:
-                    torn = self.ledger.exists() and not self.ledger.read_bytes().endswith(b"\n")
-                    with self.ledger.open("a") as file:  # a kill may have left half a line
-                        file.write(("\n" if torn else "") + f"{json.dumps(record)}\n")
-                except OSError as error:  # a full disk is for the next checkpoint to report
-                    logger.warning("%s cannot be written: %s", self.ledger, error)
-
-    def check_share(self, num_bad: int, num_seen: int, few: int = 0) -> None:
-        """Stop when too many rows are bad to be an accident.
-
-        Args:
-            num_bad: Bad rows.
-            num_seen: Rows, the bad ones included.
-            few: Of fewer rows, as many may be bad as of this number.
-
-        Raises:
-            ValueError: With the first reasons.
-        """
-        if num_bad <= MAX_BAD_SHARE * max(num_seen, few):
-            return
-        first = "\n".join(f"  - {reason}" for reason in islice(self.reasons.values(), 5))
-        where = "" if self.ledger is None else f"; all of them are in {self.ledger}"
-        raise ValueError(
-            f"{num_bad} of {num_seen} rows seen cannot be read, more than {MAX_BAD_SHARE:.0%}"
-            f"{where}. The first:\n{first}\nMend the rows, or the to_example function"
-        )
 
 
 class RunLock:
@@ -273,43 +153,58 @@ class RunLock:
             os.close(file)
 
 
-def first_nonfinite_module(model: nn.Module, batches: Iterable[Batch]) -> str | None:
-    """Name of the first module, in the order of execution, with an output that is not finite.
+@contextmanager
+def guarded_children() -> Iterator[None]:
+    """Keep PyTorch's SIGCHLD handler, which raises when a worker dies, out of a whole run.
 
-    Runs the forward pass again, without gradients, under the caller's autocast; every module waits
-    for the device, so it is for the one window that needs explaining.
-
-    Returns:
-        The module's name, or ``None`` if all outputs are finite.
+    It would raise in the middle of whatever is being computed. :class:`Loading` lets it act while
+    an item is awaited. Afterwards it is in place again, for other loaders of the process.
     """
-    found: list[str] = []
-
-    def watch(name: str) -> Any:
-        def check(_: nn.Module, __: Any, output: Any) -> None:
-            if not found and any(not t.isfinite().all() for t in _tensors(output)):  # sync
-                found.append(name)
-
-        return check
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    if getattr(before, "__module__", "").startswith("torch."):
+        _handlers[:] = [before]
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        with torch.no_grad():
-            for batch in batches:
-                model(**batch.inputs(), use_cache=False)
-                if found:
-                    return found[0]
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
-    return None
+        signal.signal(signal.SIGCHLD, _handlers[-1] if _handlers else before)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, (tuple, list)):
-        for item in output:
-            yield from _tensors(item)
-    elif isinstance(output, dict):  # a model's output
-        yield from _tensors(list(output.values()))
+@contextmanager
+def child_signals() -> Iterator[None]:
+    """Let PyTorch's SIGCHLD handler act in this block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    outside = signal.getsignal(signal.SIGCHLD)
+    if _handlers:
+        signal.signal(signal.SIGCHLD, _handlers[-1])
+    try:
+        yield
+    finally:
+        inside = signal.getsignal(signal.SIGCHLD)
+        if inside != outside:
+            _handlers[:] = [inside]
+            signal.signal(signal.SIGCHLD, outside)
+
+
+_handlers: list[Any] = []
+"""PyTorch's handler, once it has set it."""
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch's generators of the CPU and of ``device`` for this block.
+
+    Afterwards they are as they were; those of other devices are not touched, as
+    ``torch.manual_seed`` would.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

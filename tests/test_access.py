@@ -6,9 +6,11 @@ import pytest
 from helpers import config_of
 
 import idefics_qlora as iq
-from idefics_qlora.data.example import pokemon_card_example
+from idefics_qlora.data.formats import pokemon_card_example
 from idefics_qlora.data.windows import epoch_order
-from idefics_qlora.images.opening import ImageAccess, open_image, prefetch_images
+from idefics_qlora.images.access import ImageAccess
+from idefics_qlora.images.opening import open_image
+from idefics_qlora.images.prefetch import prefetch_images
 
 SMALL = ImageAccess(max_pixels=100)
 TOO_LARGE = r"120 x 160 pixels are over 100 \(ImageAccess.max_pixels\)"

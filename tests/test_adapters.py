@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
-from idefics_qlora.model.loading import adapter_tensors
+from idefics_qlora.model.adapters import adapter_tensors
 
 STEPS = {"max_steps": 2, "save_steps": 1}
 

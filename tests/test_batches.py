@@ -15,9 +15,10 @@ from tokenizers import Tokenizer
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import IGNORE, Collator
-from idefics_qlora.data.example import as_example
+from idefics_qlora.data.formats import as_example
 from idefics_qlora.data.loading import Loading
-from idefics_qlora.data.windows import EvalBatches, RowReader, Windows, epoch_order
+from idefics_qlora.data.rows import RowReader
+from idefics_qlora.data.windows import EvalBatches, Windows, epoch_order
 
 IMAGE = {"type": "image"}
 QUESTION = "Question: What's on the picture? Answer:"

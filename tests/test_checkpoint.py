@@ -12,15 +12,9 @@ import safetensors.torch
 import torch
 
 import idefics_qlora as iq
-from idefics_qlora.checkpoint import (
-    CheckpointError,
-    Snapshot,
-    clear_leftovers,
-    load_checkpoint,
-    rotate,
-    set_aside,
-)
+from idefics_qlora.checkpoint import Snapshot, clear_leftovers, load_checkpoint, rotate, set_aside
 from idefics_qlora.checkpoint import save_checkpoint as save
+from idefics_qlora.files import CheckpointError
 
 HERE = Path(__file__).parent
 

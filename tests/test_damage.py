@@ -17,9 +17,9 @@ from helpers import config_of
 from peft import LoraConfig
 
 import idefics_qlora as iq
-from idefics_qlora.checkpoint import CheckpointError, load_checkpoint
-from idefics_qlora.data.windows import BadRow
-from idefics_qlora.process import BadRows
+from idefics_qlora.checkpoint import load_checkpoint
+from idefics_qlora.data.bad_rows import BadRow, BadRows
+from idefics_qlora.files import CheckpointError
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "manifest.json")
 FILES += ("optimizer.safetensors", "rng.safetensors", "state.json")

@@ -17,9 +17,10 @@ import torch
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.data.batches import IGNORE, Collator
-from idefics_qlora.data.example import pokemon_card_example
-from idefics_qlora.data.windows import RowReader, Windows
-from idefics_qlora.model.loading import trainable_parameters
+from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.rows import RowReader
+from idefics_qlora.data.windows import Windows
+from idefics_qlora.model.adapters import trainable_parameters
 from idefics_qlora.training.diagnostics import check_labels
 
 config_of = partial(helpers.config_of, max_steps=2, global_batch_size=4)

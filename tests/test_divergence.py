@@ -11,7 +11,7 @@ import torch
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import checkpoints
-from idefics_qlora.model.loading import trainable_parameters, without_adapter
+from idefics_qlora.model.adapters import trainable_parameters, without_adapter
 
 config_of = partial(
     helpers.config_of,

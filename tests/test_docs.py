@@ -10,7 +10,7 @@ from datasets import Dataset
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.example import as_example, pokemon_card_example
+from idefics_qlora.data.formats import as_example, pokemon_card_example
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]}

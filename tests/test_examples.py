@@ -9,15 +9,8 @@ import pytest
 from PIL import Image
 
 import idefics_qlora as iq
-from idefics_qlora.data.example import (
-    QUESTION,
-    Turn,
-    as_example,
-    as_prompt,
-    first_sentence,
-    naming_row,
-    pokemon_card_example,
-)
+from idefics_qlora.data.example import Turn, as_prompt, naming_row
+from idefics_qlora.data.formats import QUESTION, as_example, first_sentence, pokemon_card_example
 
 
 @pytest.mark.parametrize(

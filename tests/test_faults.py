@@ -24,9 +24,9 @@ import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.data.loading import LoaderError, Loading
 from idefics_qlora.data.windows import epoch_order
-from idefics_qlora.model.loading import adapter_tensors
+from idefics_qlora.model.adapters import adapter_tensors
+from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.process import RunLock, StopSignals
-from idefics_qlora.training.loop import summed_cross_entropy
 
 SETTINGS = {
     "max_steps": 6,

@@ -25,8 +25,11 @@ from PIL import Image
 
 import idefics_qlora as iq
 from idefics_qlora.images import fetch
-from idefics_qlora.images.fetch import Cache, is_public, retry_after_s
-from idefics_qlora.images.opening import ImageAccess, open_image, prefetch_images
+from idefics_qlora.images.access import ImageAccess
+from idefics_qlora.images.cache import Cache
+from idefics_qlora.images.fetch import is_public, retry_after_s
+from idefics_qlora.images.opening import open_image
+from idefics_qlora.images.prefetch import prefetch_images
 
 PICTURE = io.BytesIO()
 Image.new("RGB", (30, 20), "green").save(PICTURE, "PNG")

@@ -14,7 +14,7 @@ from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.checkpoint import save_checkpoint as save
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.example import Turn
-from idefics_qlora.data.windows import RowReader
+from idefics_qlora.data.rows import RowReader
 from idefics_qlora.images.opening import open_image
 
 QUESTION = "Question: What's on the picture? Answer:"

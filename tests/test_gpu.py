@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import idefics_qlora as iq
-from idefics_qlora.data.example import pokemon_card_example
-from idefics_qlora.model.loading import adapter_tensors
+from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.model.adapters import adapter_tensors
 
 pytestmark = pytest.mark.gpu
 

@@ -8,9 +8,10 @@ import pytest
 from helpers import config_of, same
 
 import idefics_qlora as iq
-from idefics_qlora.checkpoint import CheckpointError, load_checkpoint
+from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.checkpoint import save_checkpoint as save
-from idefics_qlora.model.loading import adapter_tensors
+from idefics_qlora.files import CheckpointError
+from idefics_qlora.model.adapters import adapter_tensors
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import idefics_qlora as iq
-from idefics_qlora.training.diagnostics import LEAST_GAIN, LEVEL, chance_of
+from idefics_qlora.evaluation.image_use import LEAST_GAIN, LEVEL, chance_of
 
 ROWS, EVALUATIONS, RUNS = 64, 50, 1000
 NAN3 = (math.nan,) * 3

@@ -19,7 +19,9 @@ from PIL import Image, ImageDraw, ImageFilter, PngImagePlugin
 
 import idefics_qlora as iq
 from idefics_qlora import decode, images
-from idefics_qlora.images.opening import ImageAccess, full_image, open_image, random_crop
+from idefics_qlora.images.access import ImageAccess
+from idefics_qlora.images.cropping import full_image, random_crop
+from idefics_qlora.images.opening import open_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -11,7 +11,6 @@ import memory as benchmark
 import pytest
 import torch
 from full_size import configuration, random_4bit_model
-from idefics_qlora.memory.__main__ import main
 from peft import LoraConfig
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,13 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 import idefics_qlora as iq
 from idefics_qlora.model import memory
-from idefics_qlora.model.loading import (
-    set_activation_checkpointing,
-    set_compute_dtype,
-    trainable_parameters,
-)
+from idefics_qlora.model.adapters import trainable_parameters
 from idefics_qlora.model.loss import summed_cross_entropy
-from idefics_qlora.model.memory import estimate_memory
+from idefics_qlora.model.memory import estimate_memory, main
+from idefics_qlora.model.precision import set_activation_checkpointing, set_compute_dtype
 from idefics_qlora.training.optim import make_optimizer
 
 TEXT_TOKENS, IMAGES = 61, 2
@@ -288,7 +284,7 @@ def test_the_command_says_nothing_else():
     command = [sys.executable, "-m", "idefics_qlora.model.loading.memory", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    assert "usage: python -m idefics_qlora.memory" in done.stdout
+    assert "usage: python -m idefics_qlora.model.memory" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,16 @@ from transformers import IdeficsForVisionText2Text
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.model.loading import (
-    adapter_tensors,
+from idefics_qlora.families.idefics import training_flops
+from idefics_qlora.model.adapters import adapter_tensors
+from idefics_qlora.model.base import base_fingerprint
+from idefics_qlora.model.loss import summed_cross_entropy
+from idefics_qlora.model.precision import (
     autocast,
-    base_fingerprint,
     compute_dtype,
     set_activation_checkpointing,
     set_compute_dtype,
-    training_flops,
 )
-from idefics_qlora.model.loss import summed_cross_entropy
 
 
 def backward(model, batch, dtype=torch.float32):

@@ -11,8 +11,9 @@ from torchvision.transforms.v2 import functional as F
 import idefics_qlora as iq
 from idefics_qlora.data import preview as preview_module
 from idefics_qlora.data.batches import IGNORE, Collator
-from idefics_qlora.data.example import as_example
-from idefics_qlora.data.windows import RowReader, Windows
+from idefics_qlora.data.formats import as_example
+from idefics_qlora.data.rows import RowReader
+from idefics_qlora.data.windows import Windows
 
 
 @pytest.fixture

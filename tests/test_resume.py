@@ -12,7 +12,7 @@ from peft import LoraConfig
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.checkpoint import save_checkpoint as save
-from idefics_qlora.model.loading import adapter_tensors
+from idefics_qlora.model.adapters import adapter_tensors
 
 STEPS = 6
 CLOCKS = ("seconds", "data_wait_s", "eval_runtime", "eval_samples_per_second")

@@ -12,7 +12,7 @@ from runs_0_1 import write
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.machine import COMPUTING
-from idefics_qlora.model.loading import adapter_tensors
+from idefics_qlora.model.adapters import adapter_tensors
 
 HERE = Path(__file__).parent / "runs_0_1"
 LAST = "checkpoint-4"

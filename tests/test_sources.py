@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 import idefics_qlora as iq
-from idefics_qlora.data.example import as_example
+from idefics_qlora.data.formats import as_example
 
 
 @pytest.fixture

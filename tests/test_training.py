@@ -11,13 +11,10 @@ from torch.nn import functional as F
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.windows import RowReader, Windows
-from idefics_qlora.model.loading import (
-    DTYPES,
-    adapter_tensors,
-    set_compute_dtype,
-    trainable_parameters,
-)
+from idefics_qlora.data.rows import RowReader
+from idefics_qlora.data.windows import Windows
+from idefics_qlora.model.adapters import adapter_tensors, trainable_parameters
+from idefics_qlora.model.precision import DTYPES, set_compute_dtype
 from idefics_qlora.training.loop import train_step
 from idefics_qlora.training.optim import lr_at, make_optimizer
 from idefics_qlora.training.state import TrainState

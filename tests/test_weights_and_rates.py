@@ -9,7 +9,7 @@ import torch
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint, save_checkpoint
-from idefics_qlora.model.loading import trainable_parameters
+from idefics_qlora.model.adapters import trainable_parameters
 
 config_of = partial(helpers.config_of, max_steps=2, global_batch_size=4)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from idefics_qlora.data.example import IMAGE_COLUMNS
+from idefics_qlora.data.formats import IMAGE_COLUMNS
 from idefics_qlora.images.access import DEFAULT_ACCESS, BadImage, ImageAccess, checked_path, is_url
 
 METADATA = ("metadata.jsonl", "metadata.csv")

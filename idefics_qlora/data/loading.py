@@ -10,10 +10,8 @@ import multiprocessing
 import os
 import pickle
 import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
 from itertools import count
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -22,7 +20,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from idefics_qlora.process import RunLock, ignore_stop_signals
+from idefics_qlora.process import RunLock, child_signals, ignore_stop_signals
 
 T = TypeVar("T", covariant=True)
 
@@ -252,48 +250,6 @@ class _Order(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.numbers)
-
-
-@contextmanager
-def guarded_children() -> Iterator[None]:
-    """Keep PyTorch's SIGCHLD handler, which raises when a worker dies, out of a whole run.
-
-    It would raise in the middle of whatever is being computed. :class:`Loading` lets it act while
-    an item is awaited. Afterwards it is in place again, for other loaders of the process.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    if getattr(before, "__module__", "").startswith("torch."):
-        _handlers[:] = [before]
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, _handlers[-1] if _handlers else before)
-
-
-@contextmanager
-def child_signals() -> Iterator[None]:
-    """Let PyTorch's SIGCHLD handler act in this block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    outside = signal.getsignal(signal.SIGCHLD)
-    if _handlers:
-        signal.signal(signal.SIGCHLD, _handlers[-1])
-    try:
-        yield
-    finally:
-        inside = signal.getsignal(signal.SIGCHLD)
-        if inside != outside:
-            _handlers[:] = [inside]
-            signal.signal(signal.SIGCHLD, outside)
-
-
-_handlers: list[Any] = []
-"""PyTorch's handler, once it has set it."""
 
 
 def _start_worker(_: int) -> None:

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 from idefics_qlora.config import LossOn
 from idefics_qlora.data.batches import IGNORE, Collator
-from idefics_qlora.data.checks import FirstRows
 from idefics_qlora.data.example import ToExample
-from idefics_qlora.data.windows import RowReader, Rows, class_names, crop_seed
+from idefics_qlora.data.first_rows import FirstRows
+from idefics_qlora.data.rows import RowReader, Rows, class_names
+from idefics_qlora.data.windows import crop_seed
+from idefics_qlora.families.family import check_processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
-from idefics_qlora.images.opening import write_png
-from idefics_qlora.model.loading import check_processor
+from idefics_qlora.images.cropping import write_png
 from idefics_qlora.notices import Notices
 
 

@@ -11,16 +11,11 @@ from idefics_qlora.config import check_whole
 from idefics_qlora.data.batches import AROUND_IMAGE, IMAGE_TOKEN, Collator, Tokens, end_ids
 from idefics_qlora.data.checks import text_findings
 from idefics_qlora.data.example import PromptItem, as_prompt, naming_row
+from idefics_qlora.families.family import Model, Processor, check_model_and_processor
+from idefics_qlora.families.idefics import num_embeddings
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess, opening_with
-from idefics_qlora.model.loading import (
-    Model,
-    Processor,
-    check_model_and_processor,
-    evaluation_mode,
-    num_embeddings,
-)
-from idefics_qlora.notices import Notices
-from idefics_qlora.process import advising
+from idefics_qlora.model.precision import evaluation_mode
+from idefics_qlora.notices import Notices, advising
 
 ONE_TEXT = {"num_return_sequences": 1, "return_dict_in_generate": False}
 """Options of transformers that hold in any case, whatever the model's own settings are."""

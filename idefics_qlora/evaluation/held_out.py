@@ -8,22 +8,26 @@ from typing import Any
 import torch
 
 from idefics_qlora.config import LossOn, OnBadRow, check_whole
-from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.bad_rows import BadRows
+from idefics_qlora.data.batches import Collator, Window
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.loading import Loading
-from idefics_qlora.data.windows import EvalBatches, RowReader, Rows, Window
+from idefics_qlora.data.rows import RowReader, Rows
+from idefics_qlora.data.windows import EvalBatches
+from idefics_qlora.families.family import Model, Processor, check_model_and_processor
+from idefics_qlora.families.idefics import num_embeddings
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
-from idefics_qlora.model import loading as models
 from idefics_qlora.model.loss import summed_cross_entropy
-from idefics_qlora.process import BadRows, advising
+from idefics_qlora.model.precision import evaluation_mode
+from idefics_qlora.notices import advising
 
 FEW_ROWS = 64
 """Bad rows are counted against at least as many: one dead picture of ten must not stop a run."""
 
 
 def evaluate(
-    model: models.Model,
-    processor: models.Processor,
+    model: Model,
+    processor: Processor,
     rows: Rows,
     *,
     to_example: ToExample | None = None,
@@ -63,8 +67,8 @@ def evaluate(
         torch.OutOfMemoryError: If the GPU's memory does not suffice; the message says what to
             lower.
     """
-    models.check_model_and_processor(model, processor)
-    collator = Collator(processor, loss_on, models.num_embeddings(model), max_length, access)
+    check_model_and_processor(model, processor)
+    collator = Collator(processor, loss_on, num_embeddings(model), max_length, access)
     check_whole(batch_size=batch_size)
     batches = EvalBatches(RowReader(rows, "rows", to_example, collator), batch_size)
     device = next(model.parameters()).device
@@ -74,13 +78,13 @@ def evaluate(
 
 
 def mean_loss(
-    model: models.Model, loading: Loading[Window], device: torch.device, bad_rows: BadRows
+    model: Model, loading: Loading[Window], device: torch.device, bad_rows: BadRows
 ) -> dict[str, Any]:
     """Loss per target token over all windows together; otherwise as :func:`evaluate`."""
     started = time.perf_counter()
     num_batches = num_examples = num_targets = num_bad = 0
     total = torch.zeros((), dtype=torch.float64, device=device)
-    with models.evaluation_mode(model), loading as windows:
+    with evaluation_mode(model), loading as windows:
         for window in windows:
             num_bad += len(window.bad)
             bad_rows.note(window.bad)

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from idefics_qlora.checkpoint import CheckpointError, load_checkpoint
+from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.data.batches import Batch
-from idefics_qlora.model import loading as models
+from idefics_qlora.files import CheckpointError
+from idefics_qlora.model.adapters import adapter_tensors, load_adapter, without_adapter
 from idefics_qlora.model.loss import summed_cross_entropy
+from idefics_qlora.model.precision import evaluation_mode
 
 MARGIN = 1.0
 """Nats per target token by which an adapter may be worse than none: a little, by chance."""
@@ -32,7 +34,7 @@ class Divergence:
     def __init__(self, model: PeftModel, batches: Sequence[Batch]) -> None:
         self._model, self._batches = model, batches
         self.loss = self._loss()
-        with models.without_adapter(model):
+        with without_adapter(model):
             self.untrained = self._loss()
 
     def __bool__(self) -> bool:
@@ -47,18 +49,18 @@ class Divergence:
 
     def sound(self, folders: Iterable[Path]) -> Path | None:
         """The first checkpoint whose adapter is whole and not to blame; the model keeps its own."""
-        own = {name: tensor.clone() for name, tensor in models.adapter_tensors(self._model).items()}
+        own = {name: tensor.clone() for name, tensor in adapter_tensors(self._model).items()}
         try:
             for folder in folders:
                 try:
                     adapter = load_checkpoint(folder).adapter
-                    models.load_adapter(self._model, adapter, str(folder))
+                    load_adapter(self._model, adapter, str(folder))
                 except (CheckpointError, ValueError):
                     continue
                 if not self._is_bad(self._loss()):
                     return folder
         finally:
-            models.load_adapter(self._model, own, "of the run")
+            load_adapter(self._model, own, "of the run")
         return None
 
     def _is_bad(self, loss: float) -> bool:
@@ -66,7 +68,7 @@ class Divergence:
 
     def _loss(self) -> float:
         total = 0.0
-        with models.evaluation_mode(self._model):
+        with evaluation_mode(self._model):
             for batch in self._batches:
                 logits = self._model(**batch.inputs(), use_cache=False).logits
                 total += summed_cross_entropy(logits, batch.labels).item()  # sync

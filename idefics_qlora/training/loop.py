@@ -20,17 +20,21 @@ from tqdm import tqdm
 
 from idefics_qlora.checkpoint import resolved
 from idefics_qlora.config import TrainConfig
+from idefics_qlora.data.batches import Window
 from idefics_qlora.data.example import ToExample
-from idefics_qlora.data.loading import guarded_children
-from idefics_qlora.data.windows import Rows, Window
+from idefics_qlora.data.rows import Rows
+from idefics_qlora.families.family import Processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
-from idefics_qlora.model import loading as models
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.memory import estimate_memory
-from idefics_qlora.process import RunLock, StopSignals, with_words
+from idefics_qlora.model.precision import DTYPES, autocast
+from idefics_qlora.notices import with_words
+from idefics_qlora.process import RunLock, StopSignals, guarded_children, seeded
 from idefics_qlora.training.diagnostics import check_coverage, gradient_coverage
+from idefics_qlora.training.inputs import check_inputs
 from idefics_qlora.training.optim import lr_at, reserve_update
-from idefics_qlora.training.run import Run, TrainResult, check_inputs
+from idefics_qlora.training.result import TrainResult
+from idefics_qlora.training.run import Run
 from idefics_qlora.training.state import TrainState, restore_rng, rng_tensors
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,7 @@ logger = logging.getLogger(__name__)
 @torch.enable_grad()
 def train(
     model: PeftModel,
-    processor: models.Processor,
+    processor: Processor,
     train_rows: Rows,
     eval_rows: Rows | None = None,
     *,
@@ -81,7 +85,7 @@ def train(
         ThreadPoolExecutor(max_workers=1, thread_name_prefix="rotation") as background,
         StopSignals() as stop,
         guarded_children(),
-        models.seeded(config.seed, next(model.parameters()).device),  # dropout
+        seeded(config.seed, next(model.parameters()).device),  # dropout
     ):
         run = Run(inputs, folder, on_log, stop, background)
         state = run.state
@@ -227,7 +231,7 @@ def _try_backward(state: TrainState, window: Window) -> Tensor | None:
     loss = torch.zeros((), device=state.device)
     try:
         for batch in window.micro_batches(state.micro_batch_size):
-            with models.autocast(state.device, models.DTYPES[state.config.precision]):
+            with autocast(state.device, DTYPES[state.config.precision]):
                 logits = state.model(**batch.inputs(), use_cache=False).logits  # (B, T, V)
             # Divided by the whole window's targets, the micro-batches' gradients add up to the
             # gradient of the window's mean, whatever their lengths.

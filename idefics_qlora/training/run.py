@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from idefics_qlora.checkpoint import (
-    CheckpointError,
     Snapshot,
     check_run,
     check_step,
@@ -32,159 +27,50 @@ from idefics_qlora.checkpoint import (
     is_of_run,
     is_ours,
     load_checkpoint,
-    resolved,
     rotate,
     save_checkpoint,
     set_aside,
 )
-from idefics_qlora.config import TrainConfig
-from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.checks import FirstRows, Lengths, tell_same_rows
-from idefics_qlora.data.example import ToExample
+from idefics_qlora.data.bad_rows import BadRows
+from idefics_qlora.data.batches import Window
 from idefics_qlora.data.loading import LoaderError, Loading
-from idefics_qlora.data.windows import (
-    EvalBatches,
-    Fingerprint,
-    RowReader,
-    Rows,
-    StreamedWindows,
-    Window,
-    Windows,
-    epoch_order,
-)
+from idefics_qlora.data.rows import RowReader
+from idefics_qlora.data.windows import StreamedWindows, Windows
 from idefics_qlora.evaluation.held_out import mean_loss
-from idefics_qlora.images.access import ImageAccess
-from idefics_qlora.model import loading as models
-from idefics_qlora.notices import Notices
-from idefics_qlora.process import (
-    BadRows,
-    StopSignals,
-    advising,
-    first_nonfinite_module,
-    with_words,
+from idefics_qlora.evaluation.image_use import image_use
+from idefics_qlora.evaluation.samples import EvalSamples
+from idefics_qlora.families.idefics import part_of
+from idefics_qlora.files import CheckpointError
+from idefics_qlora.model.adapters import load_adapter, trainable_parameters
+from idefics_qlora.model.precision import (
+    DTYPES,
+    autocast,
+    check_finite,
+    set_activation_checkpointing,
+    set_compute_dtype,
 )
+from idefics_qlora.notices import advising, with_words
+from idefics_qlora.process import StopSignals
 from idefics_qlora.training.diagnostics import (
-    EvalSamples,
     check_labels,
-    image_use,
     too_small_a_rate,
     unmoved_modules,
     weight_marks,
 )
 from idefics_qlora.training.divergence import Divergence
+from idefics_qlora.training.inputs import ROWS_CHECKED, Inputs
 from idefics_qlora.training.optim import allocate_states, make_optimizer
+from idefics_qlora.training.overflow import (
+    MAX_SKIPS_IN_A_ROW,
+    endless_overflow,
+    first_nonfinite_module,
+    fp16_ledger,
+)
+from idefics_qlora.training.result import Clock, TrainResult, run_metrics
+from idefics_qlora.training.resume import checkpoints_to_resume
 from idefics_qlora.training.state import TrainState, new_run, restore_rng, rng_tensors
 
 logger = logging.getLogger(__name__)
-
-MAX_SKIPS_IN_A_ROW = 25
-ROWS_CHECKED = 64
-"""Rows of each kind that are read before training starts, in the order of their use."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to."""
-
-    global_step: int
-    """Optimizer steps done."""
-    training_loss: float
-    """Mean loss of all steps, in nats per target token."""
-    metrics: dict[str, float]
-    """``train_runtime`` (s), ``train_samples_per_second``, ``train_steps_per_second``,
-    ``train_tokens_per_second`` (text tokens), ``train_loss``, ``epoch``, ``total_flos``,
-    ``skipped_windows``, ``bad_rows`` (left out of windows, each time counted),
-    ``micro_batch_size`` (at the end), all over the whole run, and
-    ``peak_memory_bytes`` (of the GPU, or of the process on a CPU)."""
-    log_history: list[dict[str, Any]]
-    """Every log record, in order."""
-    best_checkpoint: Path | None
-    """The checkpoint with the lowest ``eval_loss``."""
-    fp16_ledger: dict[str, Any] | None = None
-    """In fp16: ``loss_scale``, ``skipped_windows``, ``skips_in_a_row`` (at the end),
-    ``first_nonfinite_module`` (``None`` if every forward pass was finite) and ``advice``."""
-    stopped_by: str | None = None
-    """Name of the signal that stopped the run early, such as ``SIGTERM``; a script would then exit
-    with 128 + its number. The last checkpoint is the newest state."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run was given, checked; nothing has been changed or written yet."""
-
-    model: PeftModel
-    processor: models.Processor
-    config: TrainConfig
-    reader: RowReader
-    held_out: EvalBatches | None
-    total_steps: int
-    origin: dict[str, Any]
-    """Fingerprints of ``base``, ``train_rows`` and ``eval_rows``."""
-    notices: Notices
-    """What has been warned of."""
-    lengths: Lengths | None
-    """What lengths of training rows are usual."""
-
-
-def check_inputs(
-    model: PeftModel,
-    processor: models.Processor,
-    train_rows: Rows,
-    eval_rows: Rows | None,
-    config: TrainConfig,
-    to_example: ToExample | None,
-    access: ImageAccess,
-) -> Inputs:
-    """See that rows, model and settings go together, and read the first rows.
-
-    Raises:
-        TypeError: If model and processor are swapped.
-        ValueError: If they do not; the message names the row or the field.
-    """
-    models.check_model_and_processor(model, processor)
-    if eval_rows is None and config.load_best_model_at_end:
-        raise ValueError(
-            f"load_best_model_at_end=True needs eval_rows to find the best checkpoint (every "
-            f"eval_steps={config.eval_steps} steps), but there are none: pass eval_rows, or set "
-            "load_best_model_at_end=False"
-        )
-    models.check_trainable(model)
-    embeddings = models.num_embeddings(model)
-    collator = Collator(processor, config.loss_on, embeddings, config.max_length, access)
-    reader = RowReader(train_rows, "train_rows", to_example, collator)
-    if reader.is_stream and config.max_steps is None:
-        raise ValueError("max_steps=None: a stream of rows has no length, so say how many steps")
-    total_steps = config.max_steps or config.total_steps(len(reader))
-    if config.warmup_steps > total_steps:
-        raise ValueError(
-            f"warmup_steps={config.warmup_steps} is more than the {total_steps} steps that "
-            f"num_train_epochs={config.num_train_epochs} comes to: the learning rate would never "
-            "reach its peak"
-        )
-    notices = Notices()
-    fingerprint, train_seen = _first_rows(reader, config, notices)
-    origin: dict[str, Any] = {
-        "base": models.base_fingerprint(model),
-        "train_rows": fingerprint,
-        "eval_rows": None,
-    }
-    held_out = eval_seen = None
-    if eval_rows is not None:
-        eval_reader = RowReader(eval_rows, "eval_rows", to_example, collator)
-        held_out = EvalBatches(eval_reader, config.eval_batch_size)
-        origin["eval_rows"], eval_seen = _first_rows(eval_reader, config, notices)
-    tell_same_rows(train_seen, eval_seen, notices)
-    return Inputs(
-        model=model,
-        processor=processor,
-        config=config,
-        reader=reader,
-        held_out=held_out,
-        total_steps=total_steps,
-        origin=origin,
-        notices=notices,
-        lengths=train_seen.lengths,
-    )
 
 
 class Run:
@@ -215,10 +101,10 @@ class Run:
         self._on_log = on_log
         self._background = background
         clear_leftovers(self.folder)
-        models.set_compute_dtype(model, models.DTYPES[config.precision])
-        models.set_activation_checkpointing(model, config.gradient_checkpointing)
-        self._trainable = models.trainable_parameters(model)
-        models.check_finite(
+        set_compute_dtype(model, DTYPES[config.precision])
+        set_activation_checkpointing(model, config.gradient_checkpointing)
+        self._trainable = trainable_parameters(model)
+        check_finite(
             {name: p for name, p in model.named_parameters() if not p.requires_grad},
             "load the base again, from files that are whole; if its values are beyond fp16's "
             "65504, load_model(compute_dtype=torch.bfloat16) and precision='bf16'",
@@ -237,7 +123,7 @@ class Run:
         way_out = "make the adapter anew with add_lora, or load it from a checkpoint that is sound"
         if (checkpoint := self._resume()) is not None:
             way_out = f"{checkpoint} holds them: delete it, or resume from an earlier one"
-        models.check_finite(self._trainable, way_out)
+        check_finite(self._trainable, way_out)
         if checkpoint is not None:
             self._take_over(checkpoint.parent)
             logger.info("resumed from %s at step %d", checkpoint, self.state.global_step)
@@ -621,7 +507,7 @@ class Run:
         rng = rng_tensors(state.device)
         restore_rng(state.window_rng, state.device)
         try:
-            with models.autocast(state.device, models.DTYPES[self.config.precision]):
+            with autocast(state.device, DTYPES[self.config.precision]):
                 batches = window.to(state.device).micro_batches(state.micro_batch_size)
                 state.first_nonfinite_module = first_nonfinite_module(state.model, batches)
         except Exception as error:  # an explanation must not end a run
@@ -696,7 +582,7 @@ class Run:
             return
         best = checkpoint_path(self.folder, state.best_step)
         try:
-            models.load_adapter(self.inputs.model, self._checked(best).adapter, str(best))
+            load_adapter(self.inputs.model, self._checked(best).adapter, str(best))
         except CheckpointError as error:
             logger.error("the last adapter stays, not the best: %s", error)
             state.best_step = state.best_metric = None
@@ -712,7 +598,7 @@ class Run:
         state, model = self.state, self.inputs.model
         still = unmoved_modules(self._trainable, self._marks)
         if state.num_images == 0:  # what sees pictures had nothing to learn from
-            still = [name for name in still if models.part_of(name) == "text layers"]
+            still = [name for name in still if part_of(name) == "text layers"]
         if still and state.global_step > max(self._first_step, self.config.warmup_steps):
             names = ", ".join(still[:5]) + (", ..." if len(still) > 5 else "")
             logger.warning("%d adapters never moved: %s", len(still), names)
@@ -736,64 +622,6 @@ class Run:
         )
 
 
-def _first_rows(
-    reader: RowReader, config: TrainConfig, notices: Notices
-) -> tuple[Fingerprint, FirstRows]:
-    """The rows' fingerprint and what was seen of them; raises if they are bad, before training."""
-    order: Iterable[int] = ()
-    if not reader.is_stream:
-        in_order = reader.name == "eval_rows"
-        order = range(len(reader)) if in_order else epoch_order(config.seed, 0, len(reader))
-    seen = FirstRows(reader)
-    fingerprint, bad = reader.first_rows(map(int, order), ROWS_CHECKED, seen.looking)
-    rows = BadRows(config.on_bad_row)
-    rows.note(bad)
-    number = len(fingerprint.given)
-    # A few held-out rows must not stop a run, unless there are no others.
-    few_held_out = reader.name == "eval_rows" and len(bad) < number
-    rows.check_share(len(bad), number, ROWS_CHECKED if few_held_out else 0)
-    is_eval = reader.name == "eval_rows"
-    seen.tell(notices, config.eval_batch_size if is_eval else config.micro_batch_size)
-    return fingerprint, seen
-
-
-def fp16_ledger(state: TrainState, diverged: str | None) -> dict[str, Any] | None:
-    if not state.scaler.is_enabled():
-        return None
-    share = state.skipped_windows / max(1, state.window)
-    advice = "nothing to do: a few skipped windows at the start are usual"
-    if diverged is not None:
-        advice = f"{diverged}: lower learning_rate"
-    elif state.first_nonfinite_module is not None:
-        advice = (
-            f"the output of {state.first_nonfinite_module} overflowed: set precision='bf16' on an "
-            "Ampere GPU or newer, or 'fp32'"
-        )
-    elif share > 0.02 and state.skipped_windows > 3:
-        advice = (
-            f"{share:.0%} of the windows were skipped: set precision='bf16' on an Ampere GPU or "
-            "newer, or lower learning_rate"
-        )
-    return {
-        "loss_scale": state.scaler.get_scale(),
-        "skipped_windows": state.skipped_windows,
-        "skips_in_a_row": state.skips_in_a_row,
-        "first_nonfinite_module": state.first_nonfinite_module,
-        "advice": advice,
-    }
-
-
-def endless_overflow(state: TrainState) -> FloatingPointError:
-    module = state.first_nonfinite_module
-    where = "" if module is None else f" (first in {module})"
-    return FloatingPointError(
-        f"{state.skips_in_a_row} windows in a row had fp16 gradients that overflow{where}, the "
-        f"loss scale has fallen to {state.scaler.get_scale():g}, and nothing is learnt (step "
-        f"{state.global_step}): set precision='bf16' (on an Ampere GPU or newer) or 'fp32' and "
-        "start again, which goes on from the newest checkpoint, or lower learning_rate"
-    )
-
-
 def way_out_of(error: OSError) -> str:
     """What to do about a checkpoint that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -803,83 +631,3 @@ def way_out_of(error: OSError) -> str:
     if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
         return "delete or rename what is in its way"
     return "mend that"
-
-
-def checkpoints_to_resume(config: TrainConfig, output_dir: Path) -> list[Path]:
-    """The checkpoints from which the run may go on, the best choice last."""
-    if config.resume == "auto":
-        return checkpoints(output_dir)
-    if config.resume == "never":
-        if existing := checkpoints(output_dir):
-            raise ValueError(
-                f"resume='never', but {existing[-1]} exists: choose another output_dir, delete the "
-                "old run, or continue it with resume='auto'"
-            )
-        return []
-    folder = Path(os.path.expanduser(config.resume))
-    # A run may keep links to checkpoints that lie elsewhere; to others they are what they lead to.
-    beside = resolved(folder.parent) / folder.name
-    folder = beside if beside.parent == output_dir else resolved(folder)
-    if not folder.is_dir():
-        there = [path.name for path in checkpoints(folder.parent)]
-        raise ValueError(
-            f"resume={str(folder)!r} is no folder: expected a checkpoint, 'auto' or 'never'; "
-            f"{str(folder.parent)!r} has {', '.join(there) or 'no checkpoints'}"
-        )
-    return [folder]
-
-
-class Clock:
-    """Time of this process's part of a run."""
-
-    def __init__(self, state: TrainState) -> None:
-        self._start = time.perf_counter() - state.seconds
-        self._waited = 0.0
-        self._windows = 0
-
-    def update(self, state: TrainState) -> None:
-        state.seconds = time.perf_counter() - self._start
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent in this block is time the device waits for data."""
-        started = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - started
-        self._windows += 1
-
-    def data_wait(self) -> float:
-        """Mean seconds of waiting per window since the last call."""
-        mean = self._waited / max(1, self._windows)
-        self._waited, self._windows = 0.0, 0
-        return mean
-
-
-def run_metrics(state: TrainState, epoch: float) -> dict[str, float]:
-    seconds = max(state.seconds, 1e-9)
-    flops = models.training_flops(
-        state.model.get_base_model().config, state.num_tokens, state.num_images
-    )
-    loss_sum = state.loss_sum + state.unlogged_loss.item()
-    return {
-        "train_runtime": state.seconds,
-        "train_samples_per_second": state.num_examples / seconds,
-        "train_steps_per_second": state.global_step / seconds,
-        "train_tokens_per_second": state.num_tokens / seconds,
-        "train_loss": loss_sum / max(1, state.global_step),
-        "epoch": epoch,
-        "total_flos": flops,
-        "skipped_windows": state.skipped_windows,
-        "bad_rows": state.num_bad_rows,
-        "micro_batch_size": state.micro_batch_size,
-        "peak_memory_bytes": peak_memory_bytes(state.device),
-    }
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: allocated on the GPU, or resident in a process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

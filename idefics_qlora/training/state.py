@@ -16,19 +16,22 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn import Parameter
 
-from idefics_qlora.checkpoint import CheckpointError, Snapshot, checkpoint_path, step_of
+from idefics_qlora.checkpoint import Snapshot, checkpoint_path, step_of
 from idefics_qlora.config import TrainConfig
-from idefics_qlora.data.windows import Fingerprint, Window
+from idefics_qlora.data.batches import Window
+from idefics_qlora.data.fingerprints import Fingerprint
+from idefics_qlora.files import CheckpointError
 from idefics_qlora.machine import COMPUTING, environment
-from idefics_qlora.model.loading import (
+from idefics_qlora.model.adapters import (
     adapter_config,
     adapter_tensors,
     load_adapter,
-    same_base,
     trainable_parameters,
 )
+from idefics_qlora.model.base import same_base
 from idefics_qlora.training.diagnostics import Coverage
 from idefics_qlora.training.optim import load_optimizer_state, lr_at, optimizer_state
+from idefics_qlora.training.resume import FREE_FIELDS
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +43,6 @@ _COUNTERS = (
     *("finished_step", "num_told"),
 )
 """Fields of ``TrainState`` that a checkpoint's JSON holds as they are."""
-
-FREE_FIELDS = frozenset(
-    {
-        *("output_dir", "resume", "save_steps", "save_total_limit", "on_save_error"),
-        *("eval_image_use", "eval_samples", "allow_dead_parts"),
-        *("on_bad_row", "logging_steps", "eval_steps", "eval_batch_size", "load_best_model_at_end"),
-        *("micro_batch_size", "gradient_checkpointing", "num_workers", "loader_timeout_s"),
-        *("max_steps", "num_train_epochs", "precision"),  # judged below
-    }
-)
-"""Settings that do not change the mathematics of a step; a resumed run may change them."""
 
 
 def new_run() -> str:

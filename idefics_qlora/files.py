@@ -1,0 +1,150 @@
+"""Files that can be relied on: written to the disk itself, and verified when they are read."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+Part: TypeAlias = "bytes | memoryview"
+
+
+DAMAGE = frozenset(
+    getattr(errno, name)
+    for name in ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG", "ENXIO", "ENODEV")
+)
+"""Errors that tell of a file that is none. All others may pass, and must not make a good checkpoint
+look damaged."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is incomplete or altered; the message names folder, file and reason."""
+
+
+def read_whole(path: Path, size: int | None = None) -> bytes:
+    """Content of a file.
+
+    Args:
+        path: The file.
+        size: Bytes that it must have.
+
+    Raises:
+        CheckpointError: If there is no such file, or it has another size.
+        OSError: If it cannot be read for a reason that may pass.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path} cannot be read: it is no file")
+            if size not in (None, status.st_size):
+                raise CheckpointError(
+                    f"{path} has {status.st_size} bytes, its manifest says {size}"
+                )
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(descriptor)
+    except CheckpointError:
+        raise
+    except ValueError as error:  # a name that cannot be one
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
+    except OSError as error:
+        if error.errno not in DAMAGE:
+            raise
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def json_mapping(path: Path, content: bytes) -> dict[str, Any]:
+    """A file's JSON object."""
+    try:
+        value = json.loads(content)
+        if not isinstance(value, dict):
+            raise ValueError(f"it is no object but {value!r:.40}")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def tensors_in(path: Path, content: bytes) -> dict[str, Tensor]:
+    """A file's tensors, on the CPU."""
+    try:
+        return load(content)
+    except Exception as error:  # what the library raises for a header that is none is not told
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def sha256_of(*parts: Part) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+_DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls them, in the order of its files: the widest first, so all are aligned."""
+
+
+def tensor_parts(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> list[Part]:
+    """What ``safetensors.torch.save`` returns, in parts that are the tensors' own memory.
+
+    The library's function copies all of it twice, which takes longer than writing it, and refuses
+    tensors that share memory, as the optimizer's maps do.
+    """
+    order = {dtype: number for number, dtype in enumerate(_DTYPES)}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    parts: list[Part] = []
+    end = 0
+    for name in sorted(tensors, key=lambda name: (order[tensors[name].dtype], name)):
+        tensor = tensors[name].detach().cpu()  # sync
+        part = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        start, end = end, end + len(part)
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        parts.append(part)
+    described = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    described += b" " * (-len(described) % 8)
+    return [len(described).to_bytes(8, "little"), described, *parts]
+
+
+def json_bytes(value: Any) -> bytes:
+    return json.dumps(value, indent=2).encode()
+
+
+def write_synced(path: Path, parts: Iterable[Part]) -> None:
+    with path.open("wb") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,175 @@
+"""LoRA adapters: attached, loaded all or nothing, taken out for a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from torch import Tensor, nn
+from torch.nn import Parameter
+from transformers import (
+    IdeficsForVisionText2Text,
+)
+
+from idefics_qlora.families.family import Model
+from idefics_qlora.model.cpu import prepare_for_cpu
+from idefics_qlora.process import seeded
+
+
+def add_lora(
+    model: IdeficsForVisionText2Text, config: LoraConfig | None = None, *, seed: int = 42
+) -> PeftModel:
+    """Attach trainable LoRA matrices (fp32) to a frozen base.
+
+    Args:
+        model: As :func:`load_model` gave it.
+        config: Your own ``peft.LoraConfig``. Default: the recipe's r=16, alpha=32, dropout 0.05 on
+            ``q_proj``, ``k_proj`` and ``v_proj`` of the vision tower, the perceiver, the
+            cross-attention and the text layers, no biases.
+        seed: Decides the initial values; the global generators are left as they were.
+
+    Returns:
+        The ``peft`` model around the base.
+    """
+    # peft.prepare_model_for_kbit_training is left out on purpose: its reentrant checkpointing cuts
+    # the vision tower's adapters off from the gradient, because pixels require none.
+    if config is None:
+        config = LoraConfig(
+            r=16,
+            lora_alpha=32,
+            lora_dropout=0.05,
+            bias="none",
+            target_modules=["q_proj", "k_proj", "v_proj"],
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "the model has adapters already: expected the base as load_model gives it; to go on "
+            "with an adapter, load_finetuned(..., trainable=True)"
+        )
+    model.requires_grad_(False)
+    with seeded(seed, model.device):
+        return attach(model, config)
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors under the names of ``peft``'s own file format."""
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(
+        model, adapter_name=model.active_adapter, save_embedding_layers=False
+    )
+    return tensors
+
+
+def load_adapter(model: PeftModel, tensors: dict[str, Tensor], source: str) -> None:
+    """Load an adapter's tensors, all of them or none.
+
+    Raises:
+        ValueError: If a tensor is missing, unknown or of another shape; the message names it.
+    """
+    expected = adapter_tensors(model)
+    problems = [f"{key} is missing" for key in sorted(expected.keys() - tensors.keys())]
+    problems += [f"{key} is unknown" for key in sorted(tensors.keys() - expected.keys())]
+    problems += [
+        f"{key} has shape {tuple(tensors[key].shape)}, the model {tuple(expected[key].shape)}"
+        for key in sorted(expected.keys() & tensors.keys())
+        if expected[key].shape != tensors[key].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ValueError(
+            f"the adapter {source} does not fit this model: {'; '.join(problems[:3])}{more}; "
+            "it was trained on another base, or with another LoRA configuration"
+        )
+    set_peft_model_state_dict(model, tensors, adapter_name=model.active_adapter)
+
+
+def adapter_config(model: PeftModel) -> dict[str, Any]:
+    """The content of ``peft``'s ``adapter_config.json``, ready for inference."""
+    config = model.peft_config[model.active_adapter].to_dict()
+    config["inference_mode"] = True
+    # Sets have no order; sorted, the same adapter always gives the same file.
+    plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    result: dict[str, Any] = json.loads(json.dumps(plain, default=str))
+    return result
+
+
+def trainable_parameters(model: Model) -> dict[str, Parameter]:
+    """The parameters that training changes, by name.
+
+    Raises:
+        ValueError: If there are none, or one is not fp32 (its gradient could not be unscaled).
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("the model has no trainable parameter: call add_lora(model) first")
+    for name, parameter in trainable.items():
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f"trainable parameter {name} is {parameter.dtype}: expected float32, the dtype "
+                "add_lora gives; fp16 gradients of fp16 weights cannot be unscaled"
+            )
+    return trainable
+
+
+def check_trainable(model: PeftModel) -> None:
+    """See that what would be trained is part of the adapter, so that a checkpoint holds it.
+
+    Raises:
+        ValueError: If nothing would be trained, or something that the adapter's files leave out,
+            or the model was made under ``torch.inference_mode()``, which no gradient survives.
+    """
+    if made := [name for name, p in model.named_parameters() if p.is_inference()]:
+        raise ValueError(
+            f"{made[0]} ({len(made)} parameters in all) was made under torch.inference_mode(), "
+            "whose tensors can never be trained: call load_model and add_lora (or load_finetuned) "
+            "outside of it"
+        )
+    trainable = trainable_parameters(model)
+    if not isinstance(model, PeftModel):
+        raise ValueError("the model has no adapter: call add_lora(model) first")
+    saved = {tensor.data_ptr() for tensor in adapter_tensors(model).values()}
+    outside = [name for name, p in trainable.items() if p.data_ptr() not in saved]
+    if outside:
+        raise ValueError(
+            f"{outside[0]} ({len(outside)} in all) would be trained but is no part of the adapter, "
+            "so no checkpoint would hold it: name its module in LoraConfig(modules_to_save=[...]), "
+            "or freeze it"
+        )
+
+
+@contextmanager
+def without_adapter(model: PeftModel) -> Iterator[None]:
+    """The base alone; afterwards the adapter works, and learns, as before."""
+    learns = {p: p.requires_grad for p in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in learns.items():  # peft lets the whole adapter learn
+            parameter.requires_grad_(requires_grad)
+
+
+def attach(model: IdeficsForVisionText2Text, config: LoraConfig) -> PeftModel:
+    with warnings.catch_warnings():
+        # peft asks the model for a property that transformers has renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        peft_model = get_peft_model(model, config)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()  # biases and peft's modules_to_save as well
+    for module in peft_model.modules():
+        if isinstance(module, nn.LayerNorm) and module.bias is not None:
+            module.weight.data = module.weight.data.to(module.bias.dtype)  # one dtype, for a CPU
+    if model.device.type == "cpu":
+        prepare_for_cpu(peft_model)
+    return peft_model

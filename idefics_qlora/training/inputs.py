@@ -1,0 +1,127 @@
+"""What a run is given, checked before anything is changed or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+
+from idefics_qlora.config import TrainConfig
+from idefics_qlora.data.bad_rows import BadRows
+from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.example import ToExample
+from idefics_qlora.data.fingerprints import Fingerprint
+from idefics_qlora.data.first_rows import FirstRows, Lengths, tell_same_rows
+from idefics_qlora.data.rows import RowReader, Rows
+from idefics_qlora.data.windows import EvalBatches, epoch_order
+from idefics_qlora.families.family import Processor, check_model_and_processor
+from idefics_qlora.families.idefics import num_embeddings
+from idefics_qlora.images.access import ImageAccess
+from idefics_qlora.model.adapters import check_trainable
+from idefics_qlora.model.base import base_fingerprint
+from idefics_qlora.notices import Notices
+
+ROWS_CHECKED = 64
+"""Rows of each kind that are read before training starts, in the order of their use."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run was given, checked; nothing has been changed or written yet."""
+
+    model: PeftModel
+    processor: Processor
+    config: TrainConfig
+    reader: RowReader
+    held_out: EvalBatches | None
+    total_steps: int
+    origin: dict[str, Any]
+    """Fingerprints of ``base``, ``train_rows`` and ``eval_rows``."""
+    notices: Notices
+    """What has been warned of."""
+    lengths: Lengths | None
+    """What lengths of training rows are usual."""
+
+
+def check_inputs(
+    model: PeftModel,
+    processor: Processor,
+    train_rows: Rows,
+    eval_rows: Rows | None,
+    config: TrainConfig,
+    to_example: ToExample | None,
+    access: ImageAccess,
+) -> Inputs:
+    """See that rows, model and settings go together, and read the first rows.
+
+    Raises:
+        TypeError: If model and processor are swapped.
+        ValueError: If they do not; the message names the row or the field.
+    """
+    check_model_and_processor(model, processor)
+    if eval_rows is None and config.load_best_model_at_end:
+        raise ValueError(
+            f"load_best_model_at_end=True needs eval_rows to find the best checkpoint (every "
+            f"eval_steps={config.eval_steps} steps), but there are none: pass eval_rows, or set "
+            "load_best_model_at_end=False"
+        )
+    check_trainable(model)
+    embeddings = num_embeddings(model)
+    collator = Collator(processor, config.loss_on, embeddings, config.max_length, access)
+    reader = RowReader(train_rows, "train_rows", to_example, collator)
+    if reader.is_stream and config.max_steps is None:
+        raise ValueError("max_steps=None: a stream of rows has no length, so say how many steps")
+    total_steps = config.max_steps or config.total_steps(len(reader))
+    if config.warmup_steps > total_steps:
+        raise ValueError(
+            f"warmup_steps={config.warmup_steps} is more than the {total_steps} steps that "
+            f"num_train_epochs={config.num_train_epochs} comes to: the learning rate would never "
+            "reach its peak"
+        )
+    notices = Notices()
+    fingerprint, train_seen = _first_rows(reader, config, notices)
+    origin: dict[str, Any] = {
+        "base": base_fingerprint(model),
+        "train_rows": fingerprint,
+        "eval_rows": None,
+    }
+    held_out = eval_seen = None
+    if eval_rows is not None:
+        eval_reader = RowReader(eval_rows, "eval_rows", to_example, collator)
+        held_out = EvalBatches(eval_reader, config.eval_batch_size)
+        origin["eval_rows"], eval_seen = _first_rows(eval_reader, config, notices)
+    tell_same_rows(train_seen, eval_seen, notices)
+    return Inputs(
+        model=model,
+        processor=processor,
+        config=config,
+        reader=reader,
+        held_out=held_out,
+        total_steps=total_steps,
+        origin=origin,
+        notices=notices,
+        lengths=train_seen.lengths,
+    )
+
+
+def _first_rows(
+    reader: RowReader, config: TrainConfig, notices: Notices
+) -> tuple[Fingerprint, FirstRows]:
+    """The rows' fingerprint and what was seen of them; raises if they are bad, before training."""
+    order: Iterable[int] = ()
+    if not reader.is_stream:
+        in_order = reader.name == "eval_rows"
+        order = range(len(reader)) if in_order else epoch_order(config.seed, 0, len(reader))
+    seen = FirstRows(reader)
+    fingerprint, bad = reader.first_rows(map(int, order), ROWS_CHECKED, seen.looking)
+    rows = BadRows(config.on_bad_row)
+    rows.note(bad)
+    number = len(fingerprint.given)
+    # A few held-out rows must not stop a run, unless there are no others.
+    few_held_out = reader.name == "eval_rows" and len(bad) < number
+    rows.check_share(len(bad), number, ROWS_CHECKED if few_held_out else 0)
+    is_eval = reader.name == "eval_rows"
+    seen.tell(notices, config.eval_batch_size if is_eval else config.micro_batch_size)
+    return fingerprint, seen

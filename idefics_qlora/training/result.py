@@ -1,0 +1,95 @@
+"""What a run came to, and what it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from idefics_qlora.families.idefics import training_flops
+from idefics_qlora.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    global_step: int
+    """Optimizer steps done."""
+    training_loss: float
+    """Mean loss of all steps, in nats per target token."""
+    metrics: dict[str, float]
+    """``train_runtime`` (s), ``train_samples_per_second``, ``train_steps_per_second``,
+    ``train_tokens_per_second`` (text tokens), ``train_loss``, ``epoch``, ``total_flos``,
+    ``skipped_windows``, ``bad_rows`` (left out of windows, each time counted),
+    ``micro_batch_size`` (at the end), all over the whole run, and
+    ``peak_memory_bytes`` (of the GPU, or of the process on a CPU)."""
+    log_history: list[dict[str, Any]]
+    """Every log record, in order."""
+    best_checkpoint: Path | None
+    """The checkpoint with the lowest ``eval_loss``."""
+    fp16_ledger: dict[str, Any] | None = None
+    """In fp16: ``loss_scale``, ``skipped_windows``, ``skips_in_a_row`` (at the end),
+    ``first_nonfinite_module`` (``None`` if every forward pass was finite) and ``advice``."""
+    stopped_by: str | None = None
+    """Name of the signal that stopped the run early, such as ``SIGTERM``; a script would then exit
+    with 128 + its number. The last checkpoint is the newest state."""
+
+
+class Clock:
+    """Time of this process's part of a run."""
+
+    def __init__(self, state: TrainState) -> None:
+        self._start = time.perf_counter() - state.seconds
+        self._waited = 0.0
+        self._windows = 0
+
+    def update(self, state: TrainState) -> None:
+        state.seconds = time.perf_counter() - self._start
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent in this block is time the device waits for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+        self._windows += 1
+
+    def data_wait(self) -> float:
+        """Mean seconds of waiting per window since the last call."""
+        mean = self._waited / max(1, self._windows)
+        self._waited, self._windows = 0.0, 0
+        return mean
+
+
+def run_metrics(state: TrainState, epoch: float) -> dict[str, float]:
+    seconds = max(state.seconds, 1e-9)
+    flops = training_flops(state.model.get_base_model().config, state.num_tokens, state.num_images)
+    loss_sum = state.loss_sum + state.unlogged_loss.item()
+    return {
+        "train_runtime": state.seconds,
+        "train_samples_per_second": state.num_examples / seconds,
+        "train_steps_per_second": state.global_step / seconds,
+        "train_tokens_per_second": state.num_tokens / seconds,
+        "train_loss": loss_sum / max(1, state.global_step),
+        "epoch": epoch,
+        "total_flos": flops,
+        "skipped_windows": state.skipped_windows,
+        "bad_rows": state.num_bad_rows,
+        "micro_batch_size": state.micro_batch_size,
+        "peak_memory_bytes": peak_memory_bytes(state.device),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: allocated on the GPU, or resident in a process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
