@@ -25,6 +25,7 @@ from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.formats import pokemon_card_example
 from idefics_qlora.data.rows import RowReader
 from idefics_qlora.data.windows import Windows
+from idefics_qlora.families import family_of
 from idefics_qlora.machine import library_versions
 from idefics_qlora.model.adapters import trainable_parameters
 from idefics_qlora.training.diagnostics import (
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     checks = {
         "labels": seconds(lambda: check_labels(window, collator)),
-        "coverage": seconds(lambda: gradient_coverage(parameters)),
+        "coverage": seconds(lambda: gradient_coverage(parameters, family_of(model))),
         "marks": seconds(lambda: weight_marks(parameters)),
         "unmoved": seconds(lambda: unmoved_modules(parameters, marks)),
     }

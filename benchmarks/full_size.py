@@ -25,8 +25,8 @@ from torch import nn
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 import idefics_qlora as iq
+from idefics_qlora.families import FAMILIES
 from idefics_qlora.machine import library_versions
-from idefics_qlora.model.loading import NOT_QUANTIZED
 from idefics_qlora.model.precision import set_compute_dtype
 from idefics_qlora.training.result import peak_memory_bytes
 
@@ -113,7 +113,9 @@ def random_4bit_model(config: IdeficsConfig, device: torch.device) -> IdeficsFor
         return weight.normal_(std=std, generator=generator)
 
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not any(part in name for part in NOT_QUANTIZED):
+        if type(module) is nn.Linear and not any(
+            part in name for part in FAMILIES["idefics"].not_quantized
+        ):
             quantised = bnb.nn.Linear4bit(
                 module.in_features,
                 module.out_features,

@@ -154,7 +154,7 @@ def collator_speedup(processor: Any) -> dict[str, float]:
     for card in cards:
         ids = tokenizer(card["caption"] * 6, add_special_tokens=False)["input_ids"][:90]
         prompts.append([card["image"], tokenizer.decode(ids)])
-    blank = torch.zeros(3, collator.side, collator.side)
+    blank = torch.zeros(3, collator.reader.side, collator.reader.side)
     pixels = [[blank.byte()]] * 16
 
     def median_ms(work: Callable[[], Any]) -> float:

@@ -21,8 +21,6 @@ Scheduler = Literal["linear", "cosine", "constant"]
 LossOn = Literal["completion", "all"]
 OnSaveError = Literal["raise", "continue"]
 OnBadRow = Literal["skip", "raise"]
-PARTS = ("vision tower", "perceiver", "cross-attention", "text layers")
-"""Parts of the model that have adapters of their own."""
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -290,8 +288,6 @@ class TrainConfig:
             problems.append(
                 f"allow_dead_parts={parts!r}: expected a tuple of parts, such as ('perceiver',)"
             )
-        elif unknown := sorted(set(parts) - set(PARTS)):
-            problems.append(f"allow_dead_parts: {unknown} are none of {', '.join(PARTS)}")
         for name in ("output_dir", "resume"):
             value = getattr(self, name)
             if not isinstance(value, (str, os.PathLike)) or not str(value):

@@ -11,6 +11,7 @@ from itertools import groupby
 import datasets
 import pytest
 import torch
+from helpers import same
 from tokenizers import Tokenizer
 
 import idefics_qlora as iq
@@ -59,11 +60,11 @@ def test_every_text_token_after_an_image_sees_it(collator, picture):
         seen = -1
         for t in range(int(batch.attention_mask[b].sum())):
             seen += int(batch.input_ids[b, t] == collator.image_id)
-            expected = torch.zeros(batch.image_attention_mask.shape[2], dtype=torch.bool)
+            expected = torch.zeros(batch.vision.image_attention_mask.shape[2], dtype=torch.bool)
             if seen >= 0:
                 expected[seen] = True
-            assert torch.equal(batch.image_attention_mask[b, t], expected)
-    assert not batch.image_attention_mask[4].any()  # the example without an image
+            assert torch.equal(batch.vision.image_attention_mask[b, t], expected)
+    assert not batch.vision.image_attention_mask[4].any()  # the example without an image
 
 
 def test_flat_and_nested_images_agree(collator, picture):
@@ -340,7 +341,7 @@ def test_max_length_never_cuts_an_image(instruct_processor, picture):
         assert len(pixels) == tokens.ids.count(collator.image_id)
         kept.add(len(pixels))
         batch = collator([example])
-        assert batch.pixel_values.shape[1] == len(pixels)
+        assert batch.vision.pixel_values.shape[1] == len(pixels)
     assert kept == {1, 3}
 
 
@@ -374,7 +375,7 @@ def test_left_padding_moves_nothing_else(collator, picture):
     for b, row in enumerate(tokens):
         n = len(row.ids)
         for name in ("input_ids", "labels", "image_attention_mask"):
-            assert torch.equal(getattr(right, name)[b, :n], getattr(left, name)[b, -n:]), name
+            assert torch.equal(right.tensors()[name][b, :n], left.tensors()[name][b, -n:]), name
 
 
 def windows(processor, examples, **changes):
@@ -384,8 +385,7 @@ def windows(processor, examples, **changes):
 
 
 def equal(a, b):
-    names = ("input_ids", "labels", "attention_mask", "pixel_values", "image_attention_mask")
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+    return same(a.tensors(), b.tensors())
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
@@ -427,7 +427,7 @@ def test_micro_batches_are_what_collating_them_alone_gives(processor, examples, 
     window = windows(processor, several, augment=False)[0]
     parts = window.micro_batches(3)
     assert [len(part.input_ids) for part in parts] == [3, 3, 3, 3, 3, 1]
-    assert {part.pixel_values.shape[1] for part in parts} == {1, 2}
+    assert {part.vision.pixel_values.shape[1] for part in parts} == {1, 2}
     assert sum(part.num_targets for part in parts) == window.num_targets
     assert [part.input_ids.shape[1] for part in parts] == list(window.lengths[::3])
     collator = Collator(processor)
@@ -445,11 +445,11 @@ def test_augmentation_crops_each_epoch_anew(processor, examples):
     reader = RowReader(examples[:1], "train_rows", None, Collator(processor))
     settings = {"seed": 7, "global_batch_size": 1}
     cropped = Windows(reader, augment=True, **settings)
-    pictures = [cropped[w].batch.pixel_values for w in range(4)]
+    pictures = [cropped[w].batch.vision.pixel_values for w in range(4)]
     assert not all(torch.equal(pictures[0], other) for other in pictures[1:])
     plain = Windows(reader, augment=False, **settings)[0].batch
     (expected,) = reader.collator.pixels(examples[0].prompt)
-    assert torch.equal(plain.pixel_values[0, 0], expected)
+    assert torch.equal(plain.vision.pixel_values[0, 0], expected)
 
 
 def test_evaluation_keeps_the_order(processor, examples):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import idefics_qlora as iq
-from idefics_qlora.data.batches import AROUND_IMAGE, IMAGE_TOKEN
+from idefics_qlora.families.idefics import AROUND_IMAGE, IMAGE_TOKEN
 from idefics_qlora.model.precision import set_compute_dtype
 
 QUESTION = "Question: What's on the picture? Answer:"

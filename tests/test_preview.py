@@ -41,15 +41,15 @@ def test_it_shows_the_very_batch(preview, instruct_processor, rows):
         length = len(shown.tokens)
         assert [t.id for t in shown.tokens] == batch.input_ids[b, :length].tolist()
         assert [t.is_target for t in shown.tokens] == (batch.labels[b, :length] != IGNORE).tolist()
-        seen = torch.zeros_like(batch.image_attention_mask[b])
+        seen = torch.zeros_like(batch.vision.image_attention_mask[b])
         for t, token in enumerate(shown.tokens):
             if token.image is not None:
                 seen[t, token.image] = True
-        assert torch.equal(seen, batch.image_attention_mask[b])
+        assert torch.equal(seen, batch.vision.image_attention_mask[b])
         assert length + shown.padding == batch.input_ids.shape[1]
         for n, path in enumerate(shown.images):
             with Image.open(path) as image:
-                assert torch.equal(F.pil_to_tensor(image), batch.pixel_values[b, n])
+                assert torch.equal(F.pil_to_tensor(image), batch.vision.pixel_values[b, n])
 
 
 def test_the_text_is_complete(preview):
@@ -125,7 +125,7 @@ def test_the_settings_of_a_training(processor, rows, examples, tmp_path):
     (shown,) = iq.preview_batch(processor, examples, augment=True, seed=7, **options).examples
     reader = RowReader(examples, "rows", None, Collator(processor))
     whole = Windows(reader, seed=7, global_batch_size=40, augment=True)
-    pixels = whole[0].batch.pixel_values
+    pixels = whole[0].batch.vision.pixel_values
     with Image.open(shown.images[0]) as image:
         assert (F.pil_to_tensor(image) == pixels[:, 0]).flatten(1).all(1).any()
 

@@ -132,13 +132,13 @@ def test_a_stream_gives_its_rows_in_order(processor, examples):
     for again in (windows(None, 6, num_workers=2), windows(None, 6)):
         for a, b in zip(whole, again, strict=True):
             assert (a.rows, a.position) == (b.rows, b.position)
-            assert torch.equal(a.batch.pixel_values, b.batch.pixel_values)
+            assert torch.equal(a.batch.vision.pixel_values, b.batch.vision.pixel_values)
     for start in range(1, 5):
         rest = windows(json.loads(json.dumps(whole[start - 1].position)), 6 - start)
         for a, b in zip(whole[start:], rest, strict=True):
             assert a.rows == b.rows
             assert torch.equal(a.batch.input_ids, b.batch.input_ids)
-            assert torch.equal(a.batch.pixel_values, b.batch.pixel_values)
+            assert torch.equal(a.batch.vision.pixel_values, b.batch.vision.pixel_values)
 
 
 def test_a_run_over_a_stream_resumes_exactly(base, processor, examples, tmp_path):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import groupby, pairwise, repeat, takewhile
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise, repeat
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,20 +22,15 @@ from idefics_qlora.data.example import (
     Example,
     PromptItem,
     Turn,
-    is_text,
     prompt_images,
 )
+from idefics_qlora.families import family_of_processor
+from idefics_qlora.families.family import Piece, Said, Vision
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
-from idefics_qlora.images.cropping import full_image, random_crop
 from idefics_qlora.images.opening import open_image
 
 IGNORE = -100
 """Label of a token that is no target (the default ``ignore_index`` of PyTorch's cross-entropy)."""
-
-IMAGE_TOKEN = "<image>"
-AROUND_IMAGE = "<fake_token_around_image>"
-END_OF_UTTERANCE = "<end_of_utterance>"
-"""Ends each turn of a dialogue; only the -instruct checkpoints have it."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +43,8 @@ class Batch:
     """(B, T) int64, 0 on padding."""
     labels: Tensor
     """(B, T) int64, the token itself where it is a target, else -100."""
-    pixel_values: Tensor
-    """(B, N, 3, S, S) uint8, not normalised; zeros where an example has fewer than N images."""
-    image_attention_mask: Tensor
-    """(B, T, N) bool: which image a token attends to, the latest one before it."""
-    pixel_mean: Tensor
-    """(3,) float32, in units of 0..255."""
-    pixel_std: Tensor
-    """(3,) float32, in units of 0..255."""
+    vision: Vision
+    """The examples' images."""
 
     @property
     def num_targets(self) -> int:
@@ -64,26 +53,21 @@ class Batch:
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward; images become normalised float32."""
-        # The same operations in the same order as the image processor's, so equal to the bit.
-        pixels = self.pixel_values.float()
-        pixels = (pixels - self.pixel_mean.view(3, 1, 1)) / self.pixel_std.view(3, 1, 1)
-        present = self.image_attention_mask.any(dim=1)  # (B, N); images that pad a row stay zero
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "pixel_values": pixels * present[:, :, None, None, None],
-            "image_attention_mask": self.image_attention_mask,
-        }
+        texts = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return texts | self.vision.inputs()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The batch's own tensors by name."""
+        names = ("input_ids", "attention_mask", "labels")
+        return {name: getattr(self, name) for name in names} | self.vision.tensors()
 
     def part(self, examples: slice, num_tokens: int, num_images: int) -> Batch:
         """Some of the examples, cut to their first tokens and images (right padding only)."""
-        return replace(
-            self,
+        return Batch(
             input_ids=self.input_ids[examples, :num_tokens],
             attention_mask=self.attention_mask[examples, :num_tokens],
             labels=self.labels[examples, :num_tokens],
-            pixel_values=self.pixel_values[examples, :num_images],
-            image_attention_mask=self.image_attention_mask[examples, :num_tokens, :num_images],
+            vision=self.vision.part(examples, num_tokens, num_images),
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -95,7 +79,12 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self)})
+        return Batch(
+            change(self.input_ids),
+            change(self.attention_mask),
+            change(self.labels),
+            self.vision.map(change),
+        )
 
 
 @dataclass(frozen=True)
@@ -106,42 +95,20 @@ class Tokens:
     is_target: list[bool]
 
 
-class _Piece(NamedTuple):
-    """A piece of an example's text: data, or a control token that data must not forge."""
-
-    text: str
-    is_target: bool = False
-    is_control: bool = False
-
-
-def end_ids(tokenizer: Any) -> list[int]:
-    """Ids of the tokens that end an answer: the end of sequence, then that of an utterance."""
-    ends = [tokenizer.eos_token]
-    if END_OF_UTTERANCE in tokenizer.get_added_vocab():
-        ends.append(END_OF_UTTERANCE)
-    ids: list[int] = tokenizer.convert_tokens_to_ids(ends)
-    return ids
-
-
 class Collator:
     """Turns examples into a :class:`Batch`; owns how images, texts and turns interleave.
 
-    The text of an example is ``<s>``, then its items in order; an image becomes
-    ``<fake_token_around_image><image><fake_token_around_image>``, adjacent images share the token
-    between them. Equal to ``IdeficsProcessor(text=...)`` on prompts, a hundred times faster on the
-    image mask, and it cannot put an image behind its question.
-
-    A dialogue is written as the checkpoint knows it. One whose tokenizer has the token
-    ``<end_of_utterance>`` (the -instruct checkpoints) reads
-    ``User:<image>What?<end_of_utterance>\\nAssistant: That.<end_of_utterance>``, any other
-    ``<image>Question: What? Answer: That.``, with a line for each question.
+    The text of an example is the begin token, then its items in order, each image and each dialogue
+    written as the checkpoint's :class:`~idefics_qlora.families.family.Reader` knows it. Equal to
+    the processor's own reading of prompts, a hundred times faster on the image mask, and it cannot
+    put an image behind its question.
 
     Targets are the completion and the end token, in a dialogue also the turns that are targets,
-    each with its ``<end_of_utterance>`` (``loss_on="completion"``), or all text (``"all"``).
+    each with its own end token (``loss_on="completion"``), or all text (``"all"``).
     Padding, image tokens and the begin token are never targets.
 
     Args:
-        processor: The checkpoint's ``IdeficsProcessor``.
+        processor: The checkpoint's processor.
         loss_on: Which text tokens are targets.
         num_embeddings: Rows of the model's embedding, additional ones included; ids at or above it
             are an error here instead of a device assert later. ``None``: not checked.
@@ -160,33 +127,24 @@ class Collator:
         access: ImageAccess = DEFAULT_ACCESS,
     ) -> None:
         check_choice("loss_on", loss_on, LossOn)
-        self.tokenizer = processor.tokenizer
+        self.reader = family_of_processor(processor).reader(processor)
+        self.tokenizer = self.reader.tokenizer
         self.loss_on = loss_on
         self.num_embeddings = num_embeddings
         self.max_length = max_length
         self.access = access
-        self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        around_id = self.tokenizer.convert_tokens_to_ids(AROUND_IMAGE)
-        special = [self.image_id, around_id, self.tokenizer.bos_token_id]
-        if self.tokenizer.unk_token_id in special or None in special:
-            raise ValueError(
-                f"the tokenizer lacks {IMAGE_TOKEN}, {AROUND_IMAGE} or a begin token: "
-                "it is not the processor of an IDEFICS checkpoint"
-            )
-        self.never_target = torch.tensor(special)
-        self.end_ids = end_ids(self.tokenizer)
+        ids_of = self.tokenizer.convert_tokens_to_ids
+        self.image_id = ids_of(self.reader.image_token)
+        self.image_ids: list[int] = ids_of(list(self.reader.image_tokens))
+        self.never_target = torch.tensor([*self.image_ids, self.tokenizer.bos_token_id])
+        self.end_ids: list[int] = ids_of(list(self.reader.end_tokens))
         # Added tokens that are not special are words of the vocabulary: data may hold them.
         tokens = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
-        tokens |= {IMAGE_TOKEN, AROUND_IMAGE, END_OF_UTTERANCE, *self.tokenizer.all_special_tokens}
-        self.control_ids = set(self.tokenizer.convert_tokens_to_ids(sorted(tokens)))
+        tokens |= {*self.reader.control_tokens, *self.tokenizer.all_special_tokens}
+        self.control_ids = set(ids_of(sorted(tokens)))
         self.control_ids -= {self.tokenizer.unk_token_id}  # what text becomes without a token
         # What in a text would be read as a control token.
         self.forged = re.compile("|".join(re.escape(t) for t in tokens if re.match(r"\S\S+$", t)))
-        images = processor.image_processor
-        self.side = int(images.size["height"])
-        scale = 1 / images.rescale_factor
-        self.pixel_mean = torch.tensor(images.image_mean) * scale
-        self.pixel_std = torch.tensor(images.image_std) * scale
 
     def tokens(self, examples: Sequence[Example]) -> list[Tokens]:
         """Token ids of examples, with the end token appended, cut to ``max_length``.
@@ -207,64 +165,25 @@ class Collator:
         """Token ids of prompts alone, as generation needs them."""
         return self._encode([self._pieces(prompt) for prompt in prompts])
 
-    def _pieces(self, prompt: Sequence[PromptItem], completion: str = "") -> list[_Piece]:
+    def _pieces(self, prompt: Sequence[PromptItem], completion: str = "") -> list[Piece]:
         """The text of an example without its end token, or of a prompt alone."""
-        begin = _Piece(self.tokenizer.bos_token, is_control=True)
+        begin = Piece(self.tokenizer.bos_token, is_control=True)
         turns = [item for item in prompt if isinstance(item, Turn)]
         if turns:
-            return self._harmless([begin, *self._dialogue(turns, completion)])
-        pieces = [begin, *self._interleaved(prompt)]
+            said = [Said(turn.role, tuple(turn.content), turn.is_target) for turn in turns]
+            return self._harmless([begin, *self.reader.dialogue(said, completion)])
+        pieces = [begin, *self.reader.interleaved(prompt)]
         if completion:
             # The spaces stripped from the prompt's end belong to the completion: tokens of this
             # family carry the space before a word, and generation sees the prompt without.
             last = prompt[-1]
             spaces = len(last) - len(last.rstrip(" ")) if isinstance(last, str) else 0
-            pieces.append(_Piece(" " * spaces + completion, is_target=True))
+            pieces.append(Piece(" " * spaces + completion, is_target=True))
         return self._harmless(pieces)
 
-    def _dialogue(self, turns: Sequence[Turn], completion: str) -> list[_Piece]:
-        pieces: list[_Piece] = []
-        is_instruct = len(self.end_ids) > 1
-        said = [(turn.role, tuple(turn.content), turn.is_target) for turn in turns]
-        answer = (completion.strip(),) if completion else ()
-        for n, (role, content, is_target) in enumerate([*said, ("assistant", answer, True)]):
-            new_line = "\n" if n else ""
-            texts = self._interleaved(content)
-            if is_instruct:
-                pieces.append(_Piece(f"{new_line}{role.capitalize()}:"))
-            elif role == "user":
-                # The picture comes before its question, as in the captions.
-                images = tuple(takewhile(lambda item: not is_text(item), content))
-                texts = self._interleaved(content[len(images) :])
-                pieces += [_Piece(new_line), *self._interleaved(images)]
-                pieces += [_Piece("Question:")] if texts else []
-            elif role == "assistant":
-                after_text = pieces and not pieces[-1].is_control
-                pieces.append(_Piece(" Answer:" if after_text else "Answer:"))
-            else:
-                pieces.append(_Piece(new_line))
-            if texts and not texts[0].is_control and pieces[-1].text.endswith(":"):
-                pieces.append(_Piece(" ", is_target))
-            pieces += [piece._replace(is_target=is_target) for piece in texts]
-            if is_instruct and n < len(said):
-                pieces.append(_Piece(END_OF_UTTERANCE, is_target, is_control=True))
-        return pieces
-
-    def _interleaved(self, items: Sequence[PromptItem]) -> list[_Piece]:
-        pieces: list[_Piece] = []
-        around = _Piece(AROUND_IMAGE, is_control=True)
-        for item in items:
-            if isinstance(item, str):
-                pieces.append(_Piece(item.strip(" ")))
-            else:
-                after_image = pieces and pieces[-1] is around
-                pieces += [] if after_image else [around]
-                pieces += [_Piece(IMAGE_TOKEN, is_control=True), around]
-        return pieces
-
-    def _harmless(self, pieces: list[_Piece]) -> list[_Piece]:
+    def _harmless(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces with no control token in the data: a literal ``<image>`` gets a space."""
-        harmless: list[_Piece] = []
+        harmless: list[Piece] = []
         for is_control, run in groupby(pieces, lambda piece: piece.is_control):
             if is_control:
                 harmless += run
@@ -287,7 +206,7 @@ class Collator:
                 first = last
         return harmless
 
-    def _encode(self, rows: Sequence[Sequence[_Piece]]) -> list[Tokens]:
+    def _encode(self, rows: Sequence[Sequence[Piece]]) -> list[Tokens]:
         # Where a token stands in the text matters only for targets; without, it is twice as fast.
         has_targets = any(piece.is_target for pieces in rows for piece in pieces)
         encoded = self.tokenizer(
@@ -370,11 +289,8 @@ class Collator:
 
     def squares(self, pictures: Sequence[Image.Image], crop_seed: int | None) -> list[Tensor]:
         """RGB pictures as the model's square; otherwise as :meth:`pixels`."""
-        if crop_seed is None:
-            return [full_image(picture, self.side) for picture in pictures]
-        return [
-            random_crop(picture, self.side, crop_seed + n) for n, picture in enumerate(pictures)
-        ]
+        seeds = [None if crop_seed is None else crop_seed + n for n in range(len(pictures))]
+        return [self.reader.pixels(*pair) for pair in zip(pictures, seeds, strict=True)]
 
     def collate(
         self,
@@ -410,21 +326,11 @@ class Collator:
             is_target[is_token] = torch.from_numpy(targets)
         is_target = is_target & ~torch.isin(input_ids, self.never_target)
 
-        most_images = max(1, *(len(row) for row in pixels))
-        stacked = torch.zeros(len(tokens), most_images, 3, self.side, self.side, dtype=torch.uint8)
-        for b, row in enumerate(pixels):
-            for n, image in enumerate(row):
-                stacked[b, n] = image
-        latest_image = (input_ids == self.image_id).cumsum(1) - 1  # (B, T), -1 before the first
-        sees = latest_image[:, :, None] == torch.arange(most_images)  # (B, T, N)
         return Batch(
             input_ids=input_ids,
             attention_mask=is_token.long(),
             labels=input_ids.masked_fill(~is_target, IGNORE),
-            pixel_values=stacked,
-            image_attention_mask=sees & is_token[:, :, None],
-            pixel_mean=self.pixel_mean,
-            pixel_std=self.pixel_std,
+            vision=self.reader.vision(input_ids, is_token, pixels),
         )
 
     def __call__(self, examples: Sequence[Example]) -> Batch:

@@ -53,7 +53,7 @@ def hash_given(example: Example, access: ImageAccess) -> str:
 
 def hash_tensors(batch: Batch) -> str:
     digest = hashlib.sha256()
-    for tensor in (batch.input_ids, batch.labels, batch.pixel_values):
+    for tensor in (batch.input_ids, batch.labels, batch.vision.tensors()["pixel_values"]):
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:16]
 

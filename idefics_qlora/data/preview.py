@@ -158,7 +158,7 @@ def preview_batch(
     for b, row in enumerate(shown):
         length = int(batch.attention_mask[b].sum())
         ids = batch.input_ids[b, :length].tolist()
-        sees = batch.image_attention_mask[b, :length]  # (T, N)
+        sees = batch.vision.sees()[b, :length]  # (T, N)
         images = sees.float().argmax(dim=1).masked_fill(~sees.any(dim=1), -1).tolist()
         targets = (batch.labels[b, :length] != IGNORE).tolist()
         texts = collator.tokenizer.convert_ids_to_tokens(ids)
@@ -173,7 +173,7 @@ def preview_batch(
                 ),
                 padding=batch.input_ids.shape[1] - length,
                 images=tuple(
-                    write_png(batch.pixel_values[b, n], folder / f"row-{row}-image-{n}.png")
+                    write_png(batch.vision.image(b, n), folder / f"row-{row}-image-{n}.png")
                     for n in range(len(pixels[b]))
                 ),
             )

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from idefics_qlora.config import check_whole
-from idefics_qlora.data.batches import AROUND_IMAGE, IMAGE_TOKEN, Collator, Tokens, end_ids
+from idefics_qlora.data.batches import Collator, Tokens
 from idefics_qlora.data.checks import text_findings
 from idefics_qlora.data.example import PromptItem, as_prompt, naming_row
+from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Model, Processor, check_model_and_processor
-from idefics_qlora.families.idefics import num_embeddings
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess, opening_with
 from idefics_qlora.model.precision import evaluation_mode
 from idefics_qlora.notices import Notices, advising
@@ -68,7 +68,9 @@ def generate(
                 "several, pass the prompt as often, with do_sample=True; for more than texts, call "
                 "model.generate"
             )
-    collator = Collator(processor, num_embeddings=num_embeddings(model), access=access)
+    collator = Collator(
+        processor, num_embeddings=family_of(model).num_embeddings(model), access=access
+    )
     notices = Notices()
     tokens, pixels = [], []
     for i, prompt in enumerate(prompts):
@@ -115,14 +117,16 @@ def generate_from_tokens(
     """
     tokenizer = collator.tokenizer
     device = next(model.parameters()).device
-    image_ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, AROUND_IMAGE])
     options = {
         "do_sample": False,
-        "eos_token_id": end_ids(tokenizer),
+        "eos_token_id": collator.end_ids,
         "pad_token_id": tokenizer.pad_token_id,
         **generate_options,
         **ONE_TEXT,
-        "suppress_tokens": [*(generate_options.get("suppress_tokens") or ()), *image_ids],
+        "suppress_tokens": [
+            *(generate_options.get("suppress_tokens") or ()),
+            *collator.image_ids,
+        ],
     }
     texts: list[str] = []
     for start in range(0, len(tokens), batch_size):

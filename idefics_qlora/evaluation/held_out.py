@@ -14,8 +14,8 @@ from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.loading import Loading
 from idefics_qlora.data.rows import RowReader, Rows
 from idefics_qlora.data.windows import EvalBatches
+from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Model, Processor, check_model_and_processor
-from idefics_qlora.families.idefics import num_embeddings
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.precision import evaluation_mode
@@ -68,7 +68,9 @@ def evaluate(
             lower.
     """
     check_model_and_processor(model, processor)
-    collator = Collator(processor, loss_on, num_embeddings(model), max_length, access)
+    collator = Collator(
+        processor, loss_on, family_of(model).num_embeddings(model), max_length, access
+    )
     check_whole(batch_size=batch_size)
     batches = EvalBatches(RowReader(rows, "rows", to_example, collator), batch_size)
     device = next(model.parameters()).device

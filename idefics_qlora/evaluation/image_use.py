@@ -20,8 +20,8 @@ from idefics_qlora.data.batches import IGNORE, Batch, Collator, Tokens
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.rows import RowReader, Rows
 from idefics_qlora.evaluation.generation import generate_from_tokens
+from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Model, Processor, check_model_and_processor
-from idefics_qlora.families.idefics import num_embeddings
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.precision import evaluation_mode
@@ -151,7 +151,9 @@ def image_use(
     """
     check_model_and_processor(model, processor)
     check_whole(max_rows=max_rows, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    collator = Collator(processor, loss_on, num_embeddings(model), max_length, access)
+    collator = Collator(
+        processor, loss_on, family_of(model).num_embeddings(model), max_length, access
+    )
     reader = RowReader(rows, "rows", to_example, collator)
     reader.need_length()
     read: list[tuple[int, Tokens, list[Tensor]]] = []
@@ -261,9 +263,7 @@ def _exchanged(own: list[list[Tensor]], rng: np.random.Generator) -> list[list[T
 
 
 def _blank(own: list[list[Tensor]], collator: Collator) -> list[list[Tensor]]:
-    grey = collator.pixel_mean.round().to(torch.uint8)  # about 0 when normalised
-    picture = grey[:, None, None].expand(3, collator.side, collator.side)
-    return [[picture] * len(pixels) for pixels in own]
+    return [[collator.reader.blank()] * len(pixels) for pixels in own]
 
 
 def _losses(

@@ -1,1 +1,53 @@
 """What differs between the kinds of model, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from idefics_qlora.families.family import Family, Model, Processor
+from idefics_qlora.families.idefics import Idefics
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (Idefics(),)}
+"""By the ``model_type`` of a checkpoint's ``config.json``."""
+
+
+def family_of(model: Model) -> Family:
+    """The family of a model, with an adapter or without.
+
+    Raises:
+        ValueError: If it is of none; the message lists those that are known.
+    """
+    return family_of_config(model.config)
+
+
+def family_of_config(config: Any, name: str = "") -> Family:
+    """The family of a checkpoint's configuration.
+
+    Args:
+        config: A ``transformers`` configuration.
+        name: What to call the checkpoint in an error.
+
+    Raises:
+        ValueError: If it is of none; the message lists those that are known.
+    """
+    if config.model_type not in FAMILIES:
+        known = "; ".join(f"{f.model_type!r} ({f.known_checkpoints})" for f in FAMILIES.values())
+        raise ValueError(
+            f"{name or 'the model'} is a {config.model_type!r} checkpoint: expected the "
+            f"architecture {known}"
+        )
+    return FAMILIES[config.model_type]
+
+
+def family_of_processor(processor: Processor) -> Family:
+    """The family whose checkpoints have such a processor.
+
+    Raises:
+        ValueError: If it is of none; the message lists those that are known.
+    """
+    kind = type(processor).__name__
+    for family in FAMILIES.values():
+        if family.processor_type == kind:
+            return family
+    known = ", ".join(family.processor_type for family in FAMILIES.values())
+    raise ValueError(f"{kind} is the processor of no known architecture: expected {known}")

@@ -1,23 +1,194 @@
-"""The seam between the kinds of model."""
+"""The seam between kinds of models: what differs between them, and nothing else.
+
+A :class:`Family` is facts and functions of an architecture. Bound to a checkpoint's processor it is
+a :class:`Reader`, which knows how texts and images become that checkpoint's tokens and pixels.
+
+Shapes: B examples, T tokens, N images per example, S the side in pixels of the model's square.
+"""
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from peft import (
-    PeftModel,
-)
-from torch import nn
-from transformers import (
-    IdeficsForVisionText2Text,
-)
+import torch
+from PIL import Image
+from torch import Tensor, nn
 
-Model: TypeAlias = IdeficsForVisionText2Text | PeftModel
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Model: TypeAlias = "PreTrainedModel | PeftModel"
 """The base, or the base with an adapter."""
 
-
 Processor: TypeAlias = Any
-"""``transformers.IdeficsProcessor``; its call signature is not used here."""
+"""The checkpoint's processor; its call signature is not used here."""
+
+
+class Piece(NamedTuple):
+    """A piece of an example's text: data, or a control token that data must not forge."""
+
+    text: str
+    is_target: bool = False
+    is_control: bool = False
+
+
+class Said(NamedTuple):
+    """A turn of a dialogue, in the words of this module."""
+
+    role: str
+    """``system``, ``user`` or ``assistant``."""
+    content: tuple[Any, ...]
+    """Texts and images in reading order; what is no string is an image."""
+    is_target: bool = False
+
+
+class Vision(ABC):
+    """The images of a batch as the model takes them: tensors that begin with B."""
+
+    @abstractmethod
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward."""
+
+    @abstractmethod
+    def part(self, examples: slice, num_tokens: int, num_images: int) -> Vision:
+        """Some of the examples, cut to their first tokens and images."""
+
+    @abstractmethod
+    def map(self, change: Callable[[Tensor], Tensor]) -> Vision:
+        """The same with every tensor changed: moved to a device, or into page-locked memory."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The batch's own tensors by name, as a dump of a window holds them."""
+
+    @abstractmethod
+    def sees(self) -> Tensor:
+        """(B, T, N) bool: which images a token attends to."""
+
+    @abstractmethod
+    def image(self, example: int, number: int) -> Tensor:
+        """(3, H, W) uint8: an image as the model sees it, before it is normalised."""
+
+
+class Reader(ABC):
+    """How one checkpoint's processor writes texts and reads images.
+
+    Attributes:
+        tokenizer: The processor's.
+        image_token: Stands for an image in a text; one for each.
+        image_tokens: Tokens that only images have: never a target, never generated.
+        control_tokens: Tokens with a meaning of their own, which no text may forge.
+        end_tokens: End an answer: that of a sequence, and of a turn where the checkpoint has one.
+        side: S.
+    """
+
+    tokenizer: Any
+    image_token: str
+    image_tokens: tuple[str, ...]
+    control_tokens: frozenset[str]
+    end_tokens: tuple[str, ...]
+    side: int
+
+    @abstractmethod
+    def interleaved(self, items: Sequence[Any]) -> list[Piece]:
+        """Texts and images in reading order, written out."""
+
+    @abstractmethod
+    def dialogue(self, turns: Sequence[Said], completion: str) -> list[Piece]:
+        """A dialogue up to the completion, written out; an empty one stands for the prompt."""
+
+    @abstractmethod
+    def pixels(self, image: Image.Image, crop_seed: int | None) -> Tensor:
+        """(3, S, S) uint8 of an RGB picture: whole, or cropped as the seed says."""
+
+    @abstractmethod
+    def blank(self) -> Tensor:
+        """(3, S, S) uint8: a picture of which nothing can be read, about 0 when normalised."""
+
+    @abstractmethod
+    def vision(
+        self, input_ids: Tensor, is_token: Tensor, pixels: Sequence[Sequence[Tensor]]
+    ) -> Vision:
+        """The images of a batch.
+
+        Args:
+            input_ids: (B, T) int64.
+            is_token: (B, T) bool, False on padding.
+            pixels: For each example its images, as :meth:`pixels` gave them.
+        """
+
+
+class Family(ABC):
+    """What differs between architectures.
+
+    Attributes:
+        model_type: As in a checkpoint's ``config.json``.
+        processor_type: Name of the processor's class in ``transformers``.
+        known_checkpoints: Some of them, for messages.
+        parts: Parts of the model that have adapters of their own, the text's last.
+        not_quantized: Linear layers that stay in the compute dtype.
+        lora_targets: Modules that get adapters by default.
+    """
+
+    model_type: str
+    processor_type: str
+    known_checkpoints: str
+    parts: tuple[str, ...]
+    not_quantized: tuple[str, ...]
+    lora_targets: tuple[str, ...]
+
+    @property
+    def text_part(self) -> str:
+        """The part that learns from texts without images as well."""
+        return self.parts[-1]
+
+    @abstractmethod
+    def model_class(self) -> type[PreTrainedModel]:
+        """The class in ``transformers``."""
+
+    @abstractmethod
+    def part_of(self, name: str) -> str:
+        """The part of the model that a module or parameter of this name belongs to."""
+
+    @abstractmethod
+    def num_embeddings(self, model: Model) -> int:
+        """Token ids that a model can embed."""
+
+    @abstractmethod
+    def vocabulary(self, config: PretrainedConfig) -> int:
+        """V, the classes of the model's logits."""
+
+    @abstractmethod
+    def training_flops(self, config: PretrainedConfig, num_tokens: int, num_images: int) -> float:
+        """Floating-point operations of forward and backward over a frozen base.
+
+        Args:
+            config: The base model's configuration.
+            num_tokens: Text tokens.
+            num_images: Images.
+        """
+
+    @abstractmethod
+    def traced_inputs(
+        self,
+        config: PretrainedConfig,
+        micro_batch: int,
+        text_tokens: int,
+        images: int,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor]:
+        """Arguments of a forward pass without data, which must not depend on any."""
+
+    @abstractmethod
+    def reader(self, processor: Processor) -> Reader:
+        """The family bound to a checkpoint's processor.
+
+        Raises:
+            ValueError: If it is the processor of another family.
+        """
 
 
 def check_model_and_processor(model: Any, processor: Any) -> None:

@@ -19,16 +19,17 @@ from peft import (
 from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import (
-    IdeficsForVisionText2Text,
+    PreTrainedModel,
 )
 
+from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Model
 from idefics_qlora.model.cpu import prepare_for_cpu
 from idefics_qlora.process import seeded
 
 
 def add_lora(
-    model: IdeficsForVisionText2Text, config: LoraConfig | None = None, *, seed: int = 42
+    model: PreTrainedModel, config: LoraConfig | None = None, *, seed: int = 42
 ) -> PeftModel:
     """Attach trainable LoRA matrices (fp32) to a frozen base.
 
@@ -50,7 +51,7 @@ def add_lora(
             lora_alpha=32,
             lora_dropout=0.05,
             bias="none",
-            target_modules=["q_proj", "k_proj", "v_proj"],
+            target_modules=list(family_of(model).lora_targets),
         )
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -159,7 +160,7 @@ def without_adapter(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def attach(model: IdeficsForVisionText2Text, config: LoraConfig) -> PeftModel:
+def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         # peft asks the model for a property that transformers has renamed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)

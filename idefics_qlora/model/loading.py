@@ -1,4 +1,4 @@
-"""Loading the 4-bit base, attaching and loading adapters: all that knows IDEFICS' insides.
+"""Loading a base in 4 bits, and the adapters that were trained on it.
 
 The dtype policy, kept by :func:`load_model` and :func:`set_compute_dtype`:
 
@@ -27,18 +27,17 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     BitsAndBytesConfig,
-    IdeficsConfig,
-    IdeficsForVisionText2Text,
+    PretrainedConfig,
+    PreTrainedModel,
 )
 
 from idefics_qlora.checkpoint import ADAPTER, ADAPTER_CONFIG, load_adapter_files
+from idefics_qlora.families import family_of_config
 from idefics_qlora.families.family import Processor
 from idefics_qlora.files import CheckpointError
 from idefics_qlora.model.adapters import attach, load_adapter
 from idefics_qlora.model.base import base_fingerprint, same_base
 from idefics_qlora.model.cpu import prepare_for_cpu
-
-NOT_QUANTIZED = ["lm_head", "embed_tokens"]
 
 
 def load_model(
@@ -48,7 +47,7 @@ def load_model(
     compute_dtype: torch.dtype = torch.float16,
     device: str | torch.device | None = None,
     revision: str | None = None,
-) -> tuple[IdeficsForVisionText2Text, Processor]:
+) -> tuple[PreTrainedModel, Processor]:
     """Load an IDEFICS checkpoint, in 4 bits by default, and its processor.
 
     Args:
@@ -68,17 +67,18 @@ def load_model(
         ValueError: If the checkpoint holds another architecture.
         RuntimeError: If the GPU's memory does not suffice.
     """
-    name, _ = load_config(checkpoint, revision)
+    name, config = load_config(checkpoint, revision)
+    family = family_of_config(config, name)
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=NOT_QUANTIZED,
+        llm_int8_skip_modules=list(family.not_quantized),
     )
     try:
-        model = IdeficsForVisionText2Text.from_pretrained(
+        model = family.model_class().from_pretrained(
             name,
             revision=revision,
             dtype=compute_dtype,
@@ -166,7 +166,7 @@ def load_finetuned(
 
 def load_config(
     checkpoint: str | os.PathLike[str], revision: str | None = None
-) -> tuple[str, IdeficsConfig]:
+) -> tuple[str, PretrainedConfig]:
     """The Hub id or folder of a checkpoint, and its configuration.
 
     Raises:
@@ -175,11 +175,7 @@ def load_config(
     """
     name = _checked_source(checkpoint)
     config = AutoConfig.from_pretrained(name, revision=revision)
-    if not isinstance(config, IdeficsConfig):
-        raise ValueError(
-            f"{name} is a {config.model_type!r} checkpoint: expected the 'idefics' architecture "
-            "(idefics-9b, idefics-9b-instruct, idefics-80b, ...)"
-        )
+    family_of_config(config, name)
     return name, config
 
 

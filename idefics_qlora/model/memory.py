@@ -24,9 +24,10 @@ from peft import LoraConfig
 # Not public, but what PyTorch's own compiler traces with: tensors that claim to be on a GPU, so
 # that autocast and dropout behave as there, without a GPU.
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import IdeficsConfig
+from transformers import PretrainedConfig
 
 from idefics_qlora.config import Optim, Precision, check_choice, check_whole
+from idefics_qlora.families import family_of_config
 from idefics_qlora.model.loading import load_config
 from idefics_qlora.model.memory_trace import (
     linear4bit_layers,
@@ -204,7 +205,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    checkpoint: str | os.PathLike[str] | IdeficsConfig,
+    checkpoint: str | os.PathLike[str] | PretrainedConfig,
     *,
     text_tokens: int = 100,
     images: int = 1,
@@ -259,7 +260,7 @@ def estimate_memory(
     everything = storage_bytes([*model.parameters(), *model.buffers(), *quantized])
     adapters = total_bytes(storage_bytes(trainable))
 
-    num_logits = text_tokens * (config.vocab_size + config.additional_vocab_size)
+    num_logits = text_tokens * family_of_config(config).vocabulary(config)
     logits = Bytes(0, num_logits * dtype.itemsize)
     largest = max(range(len(three.inside)), key=three.inside.__getitem__)
     # At most: the gradients of gate, up and their product beside an MLP's weight, dequantised.
@@ -296,9 +297,9 @@ def estimate_memory(
 
 
 def _configuration(
-    checkpoint: str | os.PathLike[str] | IdeficsConfig, revision: str | None
-) -> IdeficsConfig:
-    if isinstance(checkpoint, IdeficsConfig):
+    checkpoint: str | os.PathLike[str] | PretrainedConfig, revision: str | None
+) -> PretrainedConfig:
+    if isinstance(checkpoint, PretrainedConfig):
         return copy.deepcopy(checkpoint)  # building a model writes into its configuration
     return load_config(checkpoint, revision)[1]
 

@@ -20,24 +20,27 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
-from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from idefics_qlora.families import family_of_config
 from idefics_qlora.model.adapters import add_lora
-from idefics_qlora.model.loading import NOT_QUANTIZED
 
 
 def model_on_meta(
-    config: IdeficsConfig, dtype: torch.dtype, quantize: bool, lora: LoraConfig | None
+    config: PretrainedConfig, dtype: torch.dtype, quantize: bool, lora: LoraConfig | None
 ) -> PeftModel:
     """The model with adapters that a run would train, on the meta device."""
     import bitsandbytes as bnb  # loads its native library
 
+    family = family_of_config(config)
     with torch.device("meta"):
-        base = IdeficsForVisionText2Text(config)
+        base = family.model_class()(config)
         if quantize:
             for name, module in list(base.named_modules()):
-                if type(module) is nn.Linear and not any(part in name for part in NOT_QUANTIZED):
+                if type(module) is nn.Linear and not any(
+                    part in name for part in family.not_quantized
+                ):
                     layer = bnb.nn.Linear4bit(
                         module.in_features,
                         module.out_features,
@@ -206,22 +209,16 @@ class _Handle:
 
 def traced_forward(
     model: PeftModel,
-    config: IdeficsConfig,
+    config: PretrainedConfig,
     micro_batch: int,
     text_tokens: int,
     images: int,
     dtype: torch.dtype,
 ) -> _Saved:
     """What a micro-batch leaves for the backward pass; all shapes as in training."""
-    side = config.vision_config.image_size
     images = max(1, images)  # as the collator has it
-    batch = {
-        # Looking additional tokens up depends on their number, that is, on data.
-        "inputs_embeds": torch.empty(micro_batch, text_tokens, config.hidden_size, dtype=dtype),
-        "attention_mask": torch.ones(micro_batch, text_tokens, dtype=torch.int64),
-        "pixel_values": torch.empty(micro_batch, images, 3, side, side),
-        "image_attention_mask": torch.ones(micro_batch, text_tokens, images, dtype=torch.bool),
-    }
+    family = family_of_config(config)
+    batch = family.traced_inputs(config, micro_batch, text_tokens, images, dtype)
     present = [*model.parameters(), *model.buffers(), *batch.values()]
     recorder = _Recorder(storage_bytes(present))
     hooks = []

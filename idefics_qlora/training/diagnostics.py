@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from idefics_qlora.config import TrainConfig
 from idefics_qlora.data.batches import IGNORE, Collator, Window
-from idefics_qlora.families.idefics import part_of
+from idefics_qlora.families.family import Family
 from idefics_qlora.training.optim import lr_at
 
 logger = logging.getLogger(__name__)
@@ -33,24 +33,30 @@ class Coverage:
 
     modules: dict[str, bool]
     """Each adapted module, and whether any of its tensors got a gradient that is not zero."""
+    family: Family
+    """Knows the parts of the model."""
+
+    def part_of(self, module: str) -> str:
+        """The part of the model to which a module belongs."""
+        return self.family.part_of(module)
 
     def dead_parts(self) -> list[str]:
         """Parts of the model none of whose adapters got a gradient."""
-        reached = {part_of(name) for name, alive in self.modules.items() if alive}
-        return sorted({part_of(name) for name in self.modules} - reached)
+        reached = {self.part_of(name) for name, alive in self.modules.items() if alive}
+        return sorted({self.part_of(name) for name in self.modules} - reached)
 
     def dead_modules(self) -> list[str]:
         """Modules that got no gradient."""
         return [name for name, alive in self.modules.items() if not alive]
 
     def __str__(self) -> str:
-        every = Counter(map(part_of, self.modules))
-        alive = Counter(part_of(name) for name, alive in self.modules.items() if alive)
+        every = Counter(map(self.part_of, self.modules))
+        alive = Counter(self.part_of(name) for name, alive in self.modules.items() if alive)
         parts = (f"{part} {alive[part]} of {every[part]}" for part in sorted(every))
         return f"adapters with a gradient: {', '.join(parts)}"
 
 
-def gradient_coverage(parameters: Mapping[str, Parameter]) -> Coverage | None:
+def gradient_coverage(parameters: Mapping[str, Parameter], family: Family) -> Coverage | None:
     """Which adapted modules have a gradient; ``None`` if it is not finite and tells nothing.
 
     One of a module's matrices is enough: while ``lora_B`` is zero, ``lora_A`` has none.
@@ -58,13 +64,14 @@ def gradient_coverage(parameters: Mapping[str, Parameter]) -> Coverage | None:
     Args:
         parameters: The model's parameters by name, with their gradients; all but LoRA matrices are
             passed over. A frozen matrix counts as one without gradient.
+        family: The model's.
     """
     parameters = {name: p for name, p in parameters.items() if ".lora_" in name}
     if not parameters:
-        return Coverage({})
+        return Coverage({}, family)
     with_gradient = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     if not with_gradient:
-        return Coverage({module_of(name): False for name in parameters})
+        return Coverage({module_of(name): False for name in parameters}, family)
     norms = torch.stack(torch._foreach_norm(list(with_gradient.values())))
     sizes = dict(zip(with_gradient, norms.tolist(), strict=True))  # sync
     if not all(np.isfinite(list(sizes.values()))):
@@ -73,7 +80,7 @@ def gradient_coverage(parameters: Mapping[str, Parameter]) -> Coverage | None:
     for name in parameters:
         module = module_of(name)
         modules[module] = modules.get(module, False) or sizes.get(name, 0.0) > 0.0
-    return Coverage(modules)
+    return Coverage(modules, family)
 
 
 def module_of(parameter: str) -> str:
@@ -89,7 +96,7 @@ def check_coverage(coverage: Coverage, allowed: Sequence[str]) -> None:
     """
     dead = [part for part in coverage.dead_parts() if part not in allowed]
     if dead:
-        names = [name for name in coverage.dead_modules() if part_of(name) in dead]
+        names = [name for name in coverage.dead_modules() if coverage.part_of(name) in dead]
         raise DeadAdapters(
             f"no adapter of the {' and the '.join(dead)} got a gradient in the first step "
             f"({coverage}; such as {names[0]}): that part would learn nothing. Usual causes: "
@@ -176,7 +183,7 @@ def check_labels(window: Window, collator: Collator, name: str = "train_rows") -
     is_target = batch.labels != IGNORE
     is_token = batch.attention_mask.bool()
     never = torch.isin(batch.input_ids, collator.never_target)
-    sees = batch.image_attention_mask.any(dim=2)  # (B, T)
+    sees = batch.vision.sees().any(dim=2)  # (B, T)
     behind_image = (batch.input_ids == collator.image_id).cumsum(1) > 0
     ends = torch.isin(batch.labels, torch.tensor(collator.end_ids)).any(dim=1)
     faults = {

@@ -16,8 +16,8 @@ from idefics_qlora.data.fingerprints import Fingerprint
 from idefics_qlora.data.first_rows import FirstRows, Lengths, tell_same_rows
 from idefics_qlora.data.rows import RowReader, Rows
 from idefics_qlora.data.windows import EvalBatches, epoch_order
+from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Processor, check_model_and_processor
-from idefics_qlora.families.idefics import num_embeddings
 from idefics_qlora.images.access import ImageAccess
 from idefics_qlora.model.adapters import check_trainable
 from idefics_qlora.model.base import base_fingerprint
@@ -68,7 +68,13 @@ def check_inputs(
             "load_best_model_at_end=False"
         )
     check_trainable(model)
-    embeddings = num_embeddings(model)
+    family = family_of(model)
+    if unknown := sorted(set(config.allow_dead_parts) - set(family.parts)):
+        raise ValueError(
+            f"allow_dead_parts: {unknown} are none of the parts of {family.model_type}: expected "
+            f"{', '.join(family.parts)}"
+        )
+    embeddings = family.num_embeddings(model)
     collator = Collator(processor, config.loss_on, embeddings, config.max_length, access)
     reader = RowReader(train_rows, "train_rows", to_example, collator)
     if reader.is_stream and config.max_steps is None:

@@ -23,6 +23,7 @@ from idefics_qlora.config import TrainConfig
 from idefics_qlora.data.batches import Window
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.rows import Rows
+from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.loss import summed_cross_entropy
@@ -191,7 +192,8 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
         parameters[0].grad += loss - loss  # a loss that is not finite is an overflow, without sync
     state.scaler.unscale_(state.optimizer)
     if state.coverage is None and any(window.images):  # without images, only the text learns
-        state.coverage = gradient_coverage(dict(state.model.named_parameters()))  # sync
+        parameters_by_name = dict(state.model.named_parameters())
+        state.coverage = gradient_coverage(parameters_by_name, family_of(state.model))  # sync
         if state.coverage is not None:
             check_coverage(state.coverage, state.config.allow_dead_parts)
     grad_norm = clip_grad_norm_(parameters, state.config.max_grad_norm)

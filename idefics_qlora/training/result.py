@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from idefics_qlora.families.idefics import training_flops
+from idefics_qlora.families import family_of
 from idefics_qlora.training.state import TrainState
 
 
@@ -69,7 +69,9 @@ class Clock:
 
 def run_metrics(state: TrainState, epoch: float) -> dict[str, float]:
     seconds = max(state.seconds, 1e-9)
-    flops = training_flops(state.model.get_base_model().config, state.num_tokens, state.num_images)
+    config = state.model.get_base_model().config
+    family = family_of(state.model)
+    flops = family.training_flops(config, state.num_tokens, state.num_images)
     loss_sum = state.loss_sum + state.unlogged_loss.item()
     return {
         "train_runtime": state.seconds,

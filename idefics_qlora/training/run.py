@@ -39,7 +39,7 @@ from idefics_qlora.data.windows import StreamedWindows, Windows
 from idefics_qlora.evaluation.held_out import mean_loss
 from idefics_qlora.evaluation.image_use import image_use
 from idefics_qlora.evaluation.samples import EvalSamples
-from idefics_qlora.families.idefics import part_of
+from idefics_qlora.families import family_of
 from idefics_qlora.files import CheckpointError
 from idefics_qlora.model.adapters import load_adapter, trainable_parameters
 from idefics_qlora.model.precision import (
@@ -564,8 +564,7 @@ class Run:
         diverged = self._divergence(window)
         why = f"{diverged}: lower learning_rate; " if diverged else ""
         folder = self.folder / f"failed-window-{state.window}"
-        names = ("input_ids", "attention_mask", "labels", "pixel_values", "image_attention_mask")
-        tensors = {name: getattr(window.batch, name) for name in names}
+        tensors = {} if window.batch is None else window.batch.tensors()
         try:
             save_checkpoint(folder, state.snapshot(rng=state.window_rng), extra=tensors)
         except OSError as error:
@@ -598,7 +597,8 @@ class Run:
         state, model = self.state, self.inputs.model
         still = unmoved_modules(self._trainable, self._marks)
         if state.num_images == 0:  # what sees pictures had nothing to learn from
-            still = [name for name in still if part_of(name) == "text layers"]
+            family = family_of(model)
+            still = [name for name in still if family.part_of(name) == family.text_part]
         if still and state.global_step > max(self._first_step, self.config.warmup_steps):
             names = ", ".join(still[:5]) + (", ..." if len(still) > 5 else "")
             logger.warning("%d adapters never moved: %s", len(still), names)
