@@ -85,6 +85,7 @@ def tensors_in(path: Path, content: bytes) -> dict[str, Tensor]:
 
 
 def sha256_of(*parts: Part) -> str:
+    """SHA-256 of some parts one after the other, in hexadecimal."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -132,10 +133,12 @@ def tensor_parts(tensors: dict[str, Tensor], metadata: dict[str, str] | None = N
 
 
 def json_bytes(value: Any) -> bytes:
+    """A value as readable JSON."""
     return json.dumps(value, indent=2).encode()
 
 
 def write_synced(path: Path, parts: Iterable[Part]) -> None:
+    """Write a file, and wait until it is on the disk."""
     with path.open("wb") as file:
         file.writelines(parts)
         file.flush()
@@ -143,6 +146,7 @@ def write_synced(path: Path, parts: Iterable[Part]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -113,6 +113,7 @@ def _typed_tokens(text: str, forged: re.Pattern[str]) -> Iterator[Finding]:
 
 
 def items_of(prompt: Sequence[PromptItem]) -> Iterator[Any]:
+    """The items of a prompt, those of its turns included."""
     for item in prompt:
         if isinstance(item, Turn):
             yield from item.content
@@ -160,4 +161,5 @@ def picture_findings(
 
 
 def row_name(place: tuple[str, int]) -> str:
+    """A row's name in messages, such as ``train_rows[3]``."""
     return f"{place[0]}[{place[1]}]"

@@ -214,6 +214,7 @@ def as_turns(messages: Sequence[Any], images: Sequence[Any] = ()) -> list[Turn]:
 
 
 def named_messages(name: str, messages: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Chat messages, each with its name for errors."""
     if not are_messages(messages):
         raise TypeError(
             f"{name}={messages!r:.80}: expected a list of messages with `role` and `content`"
@@ -222,6 +223,7 @@ def named_messages(name: str, messages: Sequence[Any]) -> list[tuple[str, Any]]:
 
 
 def turns_of(messages: Iterable[tuple[str, Any]], images: Sequence[Any]) -> list[Turn]:
+    """Named messages as turns; otherwise as :func:`as_turns`."""
     pictures = open_values(images)
     read: list[tuple[str, Any, list[Any]]] = []  # name, role and content of each message
     places = carried = 0
@@ -253,6 +255,7 @@ def turns_of(messages: Iterable[tuple[str, Any]], images: Sequence[Any]) -> list
 
 
 def are_messages(value: Any) -> bool:
+    """Whether a value is a list of chat messages."""
     return (
         isinstance(value, Sequence)
         and not isinstance(value, (str, bytes))
@@ -313,4 +316,5 @@ def open_value(value: Any, name: str, access: ImageAccess | None = None) -> Imag
 
 
 def open_values(images: Sequence[Any]) -> list[Image.Image]:
+    """The pictures of an ``images`` column, opened; an error names the one that cannot be."""
     return [open_value(image, f"images[{i}]") for i, image in enumerate(images)]

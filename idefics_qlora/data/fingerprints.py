@@ -42,6 +42,8 @@ class Fingerprint:
 
 
 def hash_given(example: Example, access: ImageAccess) -> str:
+    """A hash of an example as the user gave it: texts, and where its pictures came from."""
+
     def given(item: PromptItem) -> Any:
         if isinstance(item, Turn):
             return [item.role, item.is_target, [given(part) for part in item.content]]
@@ -52,6 +54,7 @@ def hash_given(example: Example, access: ImageAccess) -> str:
 
 
 def hash_tensors(batch: Batch) -> str:
+    """A hash of a batch of one row as version 0.1 took it: tokens, labels and pixels."""
     digest = hashlib.sha256()
     for tensor in (batch.input_ids, batch.labels, batch.vision.tensors()["pixel_values"]):
         digest.update(tensor.numpy().tobytes())

@@ -161,6 +161,7 @@ def without_adapter(model: PeftModel) -> Iterator[None]:
 
 
 def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """A ``peft`` model around a base, its trainable parameters in fp32."""
     with warnings.catch_warnings():
         # peft asks the model for a property that transformers has renamed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)

@@ -116,16 +116,19 @@ def _dequantized(module: Any) -> Tensor:
 
 
 def linear4bit_layers(model: nn.Module) -> list[Any]:
+    """The layers whose weights are quantised."""
     import bitsandbytes as bnb
 
     return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
 def num_weights(module: Any) -> int:
+    """Number of weights of a linear layer."""
     return int(module.in_features * module.out_features)
 
 
 def quantized_tensors(model: nn.Module) -> list[Tensor]:
+    """The tensors that quantised weights are made of."""
     tensors = []
     for module in linear4bit_layers(model):
         state = module.weight.quant_state

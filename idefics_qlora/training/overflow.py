@@ -58,6 +58,7 @@ MAX_SKIPS_IN_A_ROW = 25
 
 
 def fp16_ledger(state: TrainState, diverged: str | None) -> dict[str, Any] | None:
+    """What a run in fp16 has to tell at its end; otherwise ``None``."""
     if not state.scaler.is_enabled():
         return None
     share = state.skipped_windows / max(1, state.window)
@@ -84,6 +85,7 @@ def fp16_ledger(state: TrainState, diverged: str | None) -> dict[str, Any] | Non
 
 
 def endless_overflow(state: TrainState) -> FloatingPointError:
+    """The error that ends a run whose windows all overflow."""
     module = state.first_nonfinite_module
     where = "" if module is None else f" (first in {module})"
     return FloatingPointError(

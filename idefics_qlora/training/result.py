@@ -50,6 +50,7 @@ class Clock:
         self._windows = 0
 
     def update(self, state: TrainState) -> None:
+        """Note in the state how long the run has taken."""
         state.seconds = time.perf_counter() - self._start
 
     @contextmanager
@@ -68,6 +69,7 @@ class Clock:
 
 
 def run_metrics(state: TrainState, epoch: float) -> dict[str, float]:
+    """The metrics of :class:`TrainResult`."""
     seconds = max(state.seconds, 1e-9)
     config = state.model.get_base_model().config
     family = family_of(state.model)
