@@ -278,7 +278,7 @@ def tell_same_rows(train: FirstRows, held_out: FirstRows | None, notices: Notice
         notices.warn(
             "evaluation rows among the training rows",
             f"{row_name(place)} is the same as {row_name(earlier)}; {len(leaked)} of {number} "
-            f"evaluation rows looked at ({len(leaked) / number:.0%}) are training rows: their loss tells what "
-            "was learnt by heart; hold out other rows",
+            f"evaluation rows looked at ({len(leaked) / number:.0%}) are training rows: their loss "
+            "tells what was learnt by heart; hold out other rows",
             len(leaked),
         )
