@@ -8,37 +8,78 @@ result = iq.train(model, processor, train_rows, eval_rows,
                   config=iq.TrainConfig(output_dir="runs/cards", max_steps=40))
 """
 
-from idefics_qlora import images, tiny
-from idefics_qlora.checkpoint import latest_checkpoint
-from idefics_qlora.config import TrainConfig
-from idefics_qlora.data.example import Example
-from idefics_qlora.data.files import load_rows
-from idefics_qlora.data.formats import Captions
-from idefics_qlora.data.preview import Preview, preview_batch
-from idefics_qlora.evaluation import metrics
-from idefics_qlora.evaluation.generation import generate
-from idefics_qlora.evaluation.held_out import evaluate
-from idefics_qlora.evaluation.image_use import ImageUse, image_use
-from idefics_qlora.images.access import BadImage
-from idefics_qlora.machine import environment
-from idefics_qlora.model import cpu as _cpu  # noqa: F401 - first, it imports bitsandbytes quietly
-from idefics_qlora.model.adapters import add_lora
-from idefics_qlora.model.loading import load_finetuned, load_model
-from idefics_qlora.model.memory import MemoryEstimate, estimate_memory
-from idefics_qlora.training.diagnostics import DeadAdapters
-from idefics_qlora.training.loop import train
-from idefics_qlora.training.result import TrainResult
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from idefics_qlora import images, tiny
+    from idefics_qlora.checkpoint import latest_checkpoint
+    from idefics_qlora.config import TrainConfig
+    from idefics_qlora.data.example import Example, Turn
+    from idefics_qlora.data.files import load_rows
+    from idefics_qlora.data.formats import Captions, pokemon_card_example
+    from idefics_qlora.data.loading import LoaderError
+    from idefics_qlora.data.preview import Preview, preview_batch
+    from idefics_qlora.evaluation import metrics
+    from idefics_qlora.evaluation.generation import generate
+    from idefics_qlora.evaluation.held_out import evaluate
+    from idefics_qlora.evaluation.image_use import ImageUse, image_use
+    from idefics_qlora.files import CheckpointError
+    from idefics_qlora.images.access import BadImage, ImageAccess
+    from idefics_qlora.machine import environment
+    from idefics_qlora.model.adapters import add_lora
+    from idefics_qlora.model.loading import load_finetuned, load_model
+    from idefics_qlora.model.memory import MemoryEstimate, estimate_memory
+    from idefics_qlora.training.diagnostics import DeadAdapters
+    from idefics_qlora.training.loop import WindowTooLarge, train
+    from idefics_qlora.training.result import TrainResult
+
+_HOMES = {
+    "checkpoint": ("latest_checkpoint",),
+    "config": ("TrainConfig",),
+    "data.example": ("Example", "Turn"),
+    "data.files": ("load_rows",),
+    "data.formats": ("Captions", "pokemon_card_example"),
+    "data.loading": ("LoaderError",),
+    "data.preview": ("Preview", "preview_batch"),
+    "evaluation.generation": ("generate",),
+    "evaluation.held_out": ("evaluate",),
+    "evaluation.image_use": ("ImageUse", "image_use"),
+    "files": ("CheckpointError",),
+    "images.access": ("BadImage", "ImageAccess"),
+    "machine": ("environment",),
+    "model.adapters": ("add_lora",),
+    "model.loading": ("load_finetuned", "load_model"),
+    "model.memory": ("MemoryEstimate", "estimate_memory"),
+    "training.diagnostics": ("DeadAdapters",),
+    "training.loop": ("WindowTooLarge", "train"),
+    "training.result": ("TrainResult",),
+}
+"""Where each public name lives: a module is imported when one of its names is first used."""
+
+_MODULES = {"images": "images", "metrics": "evaluation.metrics", "tiny": "tiny"}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BadImage",
     "Captions",
+    "CheckpointError",
     "DeadAdapters",
     "Example",
+    "ImageAccess",
     "ImageUse",
+    "LoaderError",
     "MemoryEstimate",
     "Preview",
     "TrainConfig",
     "TrainResult",
+    "Turn",
+    "WindowTooLarge",
+    "__version__",
     "add_lora",
     "environment",
     "estimate_memory",
@@ -51,7 +92,30 @@ __all__ = [
     "load_model",
     "load_rows",
     "metrics",
+    "pokemon_card_example",
     "preview_batch",
     "tiny",
     "train",
 ]
+
+__version__ = version("idefics_qlora")
+
+# On a CPU with AVX512-BF16, bitsandbytes advises everybody who imports it to install a kernel for
+# inference, of which training has no use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in record.getMessage()
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{_MODULES[name]}")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

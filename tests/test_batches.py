@@ -76,7 +76,7 @@ def test_flat_and_nested_images_agree(collator, picture):
          "completion": " Both."},
     ]  # fmt: skip
     batches = [collator([as_example(row)]) for row in rows]
-    assert batches[0].image_attention_mask.any(1).tolist() == [[True, True]]
+    assert batches[0].vision.image_attention_mask.any(1).tolist() == [[True, True]]
     assert all(equal(batches[0], batch) for batch in batches[1:])
     ask = [{"type": "text", "text": "Which is larger?"}]
     answer = {"role": "assistant", "content": "Both."}

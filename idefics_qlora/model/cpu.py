@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from types import MethodType
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
-
-# On a CPU with AVX512-BF16 bitsandbytes looks for an optional inference kernel when it is imported
-# and tells everybody who lacks it to install it. Training has no use for that kernel.
-_advice = logging.getLogger("bitsandbytes.backends.cpu.ops")
-_level = _advice.level
-_advice.setLevel(logging.ERROR)
-import bitsandbytes as bnb  # noqa: E402
-
-_advice.setLevel(_level)
 
 
 def prepare_for_cpu(model: Any) -> None:
