@@ -772,7 +772,9 @@ def _import_the_slow_ones() -> None:
     import transformers.models.idefics.modeling_idefics  # noqa: F401
 
 
-def _pytest(copy: Path, tests: tuple[str, ...] | list[str], timeout_s: float) -> tuple:
+def _pytest(
+    copy: Path, tests: tuple[str, ...] | list[str], timeout_s: float
+) -> tuple[int | None, str, float]:
     """Exit code (``None``: too long), output and seconds of tests, in a child of this process."""
     started = time.monotonic()
     log = copy.parent / "log"
@@ -814,8 +816,8 @@ def _pytest(copy: Path, tests: tuple[str, ...] | list[str], timeout_s: float) ->
             os.killpg(child, signal.SIGKILL)
     if not ended:
         os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status) if ended else None
-    return code, log.read_text(errors="replace"), time.monotonic() - started
+    outcome = os.waitstatus_to_exitcode(status) if ended else None
+    return outcome, log.read_text(errors="replace"), time.monotonic() - started
 
 
 if __name__ == "__main__":

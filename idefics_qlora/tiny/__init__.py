@@ -5,8 +5,8 @@
 
 The model has every part of the large ones (vision tower, perceiver, gated cross-attention,
 decoupled head) in 2.3 million parameters. It was pre-trained on drawn scenes with plain captions
-(`pretrain.py`) and has never seen a card: a fine-tuning that works is visible within minutes on two
-CPU cores.
+(`tools/pretrain_tiny.py`) and has never seen a card: a fine-tuning that works is visible within
+minutes on two CPU cores.
 """
 
 from __future__ import annotations

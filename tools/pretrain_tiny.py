@@ -1,4 +1,4 @@
-"""Pre-train the small IDEFICS that ships in `tiny/base`, from nothing, on drawn scenes.
+"""Pre-train the IDEFICS that ships in `idefics_qlora/tiny/base`, from nothing, on drawn scenes.
 
 A scene is one coloured, patterned shape on a background, with a row of marks above and another
 below; its text is a plain caption, a question with its answer, or what some town's language calls
@@ -11,7 +11,7 @@ so that fine-tuning has a language to teach.
 The shipped weights were made by the defaults on one NVIDIA H200 in five and a half minutes; two CPU
 cores would need several hours:
 
-    python -m idefics_qlora.tiny.pretrain --out idefics_qlora/tiny/base
+    python tools/pretrain_tiny.py --out idefics_qlora/tiny/base
 
 Answers about held-out scenes were then right in: shape 100 %, colour 100 %, pattern 94.1 %,
 ground 100 %, count above 100 %, count below 99.6 %, kind of mark above 99.5 %, below 99.5 %. The
