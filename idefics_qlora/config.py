@@ -1,16 +1,20 @@
 """The settings of a training run: one frozen dataclass, every field with its unit and default.
 
+The fields stand in groups, each with its checks behind it; :data:`GROUPS` names them in order.
 Field names follow Hugging Face's ``TrainingArguments`` wherever the meaning is the same, and the
 defaults are the recipe of the well-known IDEFICS fine-tuning tutorial.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -90,6 +94,23 @@ OTHER_NAMES = {
 }
 """Arguments of other trainers, ``transformers.TrainingArguments`` first of all, and ours."""
 
+GROUPS = {
+    "run": ("output_dir", "seed"),
+    "schedule": (
+        *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps"),
+        *("weight_decay", "max_grad_norm"),
+    ),
+    "batch": ("global_batch_size", "micro_batch_size", "gradient_checkpointing"),
+    "precision": ("precision", "optim"),
+    "evaluation": (
+        *("logging_steps", "eval_steps", "eval_batch_size", "eval_image_use", "eval_samples"),
+    ),
+    "checkpoints": ("save_steps", "save_total_limit", "load_best_model_at_end", "resume"),
+    "data": ("loss_on", "max_length", "augment", "num_workers"),
+    "faults": ("on_bad_row", "on_save_error", "loader_timeout_s", "allow_dead_parts"),
+}
+"""The fields of :class:`TrainConfig` by group, both in the order of the class."""
+
 Config = TypeVar("Config")
 
 
@@ -120,7 +141,86 @@ def _naming_ours(config: type[Config]) -> type[Config]:
     return config
 
 
+def explanations(config: type) -> dict[str, str]:
+    """What stands below each field of a dataclass in its source; empty where there is no source."""
+    try:
+        source = inspect.getsource(config)
+    except (OSError, TypeError):
+        return {}
+    (found,) = ast.parse(source).body
+    assert isinstance(found, ast.ClassDef)
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in zip(found.body, found.body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        if isinstance(text.value.value, str)
+    }
+
+
+def _explaining(config: type[Config]) -> type[Config]:
+    """Let ``help`` show what stands below each field, group by group."""
+    fields = {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    told, lines = explanations(config), [inspect.cleandoc(config.__doc__ or "")]
+    for group, names in GROUPS.items():
+        lines.append(f"\n{group.capitalize()}:")
+        for name in names:
+            default = fields[name].default
+            value = "" if default is dataclasses.MISSING else f" = {default!r}"
+            lines.append(f"    {name}: {fields[name].type}{value}")
+            lines += [f"        {line}" for line in told.get(name, "").splitlines()]
+    config.__doc__ = "\n".join(lines)
+    return config
+
+
+def _not_whole(config: Any, smallest: int, *names: str, optional: bool = False) -> Iterator[str]:
+    """A problem for each field that is no whole number of at least ``smallest``."""
+    for name in names:
+        value = getattr(config, name)
+        if not (_is_whole(value, smallest) or (optional and value is None)):
+            yield f"{name}={value!r}: expected a whole number of at least {smallest}"
+
+
+def _is_whole(value: Any, smallest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+
+
+def _no_number(config: Any, *names: str, zero: bool = False) -> Iterator[str]:
+    """A problem for each field that is no finite number above 0 (``zero``: or 0)."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            yield f"{name}={value!r}: expected a number"
+        elif not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+            bound = "of at least 0" if zero else "above 0"
+            yield f"{name}={value!r}: expected a finite number {bound}"
+
+
+def _no_choice(config: Any, **choices: Any) -> Iterator[str]:
+    """A problem for each field that is none of its ``Literal``'s values."""
+    for name, choice in choices.items():
+        value = getattr(config, name)
+        if value not in get_args(choice):
+            yield f"{name}={value!r}: expected one of {', '.join(get_args(choice))}"
+
+
+def _no_flag(config: Any, *names: str) -> Iterator[str]:
+    """A problem for each field that is neither ``True`` nor ``False``."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            yield f"{name}={getattr(config, name)!r}: expected True or False"
+
+
+def _no_path(config: Any, *names: str) -> Iterator[str]:
+    """A problem for each field that is no path."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, (str, os.PathLike)) or not str(value):
+            yield f"{name}={value!r}: expected a path"
+
+
 @_naming_ours
+@_explaining
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of one training run.
@@ -131,22 +231,25 @@ class TrainConfig:
             field with its value and what is expected, so that one run of the script finds all.
     """
 
+    # --- run ----------------------------------------------------------------------------------
+
     output_dir: str | os.PathLike[str]
     """Folder that receives ``checkpoint-N`` folders; created when missing."""
+
+    seed: int = 42
+    """Decides the order of the rows, their crops and the dropout masks."""
+
+    def _run_problems(self) -> Iterator[str]:
+        yield from _no_path(self, "output_dir")
+        yield from _not_whole(self, 0, "seed")
+
+    # --- schedule -----------------------------------------------------------------------------
 
     max_steps: int | None = None
     """Optimizer steps to train for. ``None``: as many as ``num_train_epochs`` needs."""
 
     num_train_epochs: float = 1.0
     """Passes over the training rows; used only when ``max_steps`` is ``None``."""
-
-    global_batch_size: int = 16
-    """Examples in one window, that is, examples one optimizer step sees."""
-
-    micro_batch_size: int | Literal["auto"] = 2
-    """Examples in one forward and backward pass. Changes speed and memory, not the mathematics.
-    ``auto``: starts with 1 and doubles from window to window for as long as memory allows. Whatever
-    it is, a window that does not fit into the GPU's memory is done again with half of it."""
 
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW."""
@@ -163,6 +266,47 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """L2 norm to which the gradient of all adapter tensors together is clipped."""
 
+    def _schedule_problems(self) -> Iterator[str]:
+        yield from _not_whole(self, 1, "max_steps", optional=True)
+        yield from _no_number(self, "num_train_epochs", "learning_rate", "max_grad_norm")
+        yield from _no_choice(self, lr_scheduler_type=Scheduler)
+        yield from _not_whole(self, 0, "warmup_steps")
+        yield from _no_number(self, "weight_decay", zero=True)
+        steps: Any = self.max_steps
+        if _is_whole(steps, 1) and _is_whole(self.warmup_steps, steps + 1):
+            yield (
+                f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}: "
+                "the learning rate would never reach its peak"
+            )
+
+    # --- batch --------------------------------------------------------------------------------
+
+    global_batch_size: int = 16
+    """Examples in one window, that is, examples one optimizer step sees."""
+
+    micro_batch_size: int | Literal["auto"] = 2
+    """Examples in one forward and backward pass. Changes speed and memory, not the mathematics.
+    ``auto``: starts with 1 and doubles from window to window for as long as memory allows. Whatever
+    it is, a window that does not fit into the GPU's memory is done again with half of it."""
+
+    gradient_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third slower.
+    Same results."""
+
+    def _batch_problems(self) -> Iterator[str]:
+        yield from _not_whole(self, 1, "global_batch_size")
+        size = self.micro_batch_size
+        if size != "auto" and not _is_whole(size, 1):
+            yield f"micro_batch_size={size!r}: expected 'auto' or a whole number of at least 1"
+        elif _is_whole(self.global_batch_size, 1) and _is_whole(size, self.global_batch_size + 1):
+            yield (
+                f"micro_batch_size={size} is larger than "
+                f"global_batch_size={self.global_batch_size}: a micro-batch is a part of a window"
+            )
+        yield from _no_flag(self, "gradient_checkpointing")
+
+    # --- precision ----------------------------------------------------------------------------
+
     precision: Precision = "fp16"
     """Arithmetic of forward and backward: ``fp16`` (autocast + gradient scaling), ``bf16``
     (autocast) or ``fp32``. Adapter weights and optimizer arithmetic are fp32 in every case."""
@@ -170,24 +314,16 @@ class TrainConfig:
     optim: Optim = "paged_adamw_8bit"
     """``paged_adamw_8bit`` (bitsandbytes) or ``adamw_torch`` (fp32 states)."""
 
-    gradient_checkpointing: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, about a third slower.
-    Same results."""
+    def _precision_problems(self) -> Iterator[str]:
+        yield from _no_choice(self, precision=Precision, optim=Optim)
+
+    # --- evaluation ---------------------------------------------------------------------------
 
     logging_steps: int = 20
     """Optimizer steps between two training log records."""
 
     eval_steps: int = 20
     """Optimizer steps between two evaluations (when there are evaluation rows)."""
-
-    save_steps: int = 40
-    """Optimizer steps between two checkpoints. The last step is always saved."""
-
-    save_total_limit: int | None = 3
-    """Checkpoints to keep; the best and the newest are kept whatever the limit. ``None``: all."""
-
-    load_best_model_at_end: bool = True
-    """After training, load the adapter of the checkpoint with the lowest ``eval_loss``."""
 
     eval_batch_size: int = 2
     """Examples in one evaluation forward pass."""
@@ -199,10 +335,40 @@ class TrainConfig:
     eval_samples: int = 0
     """Evaluation rows to caption at every evaluation, always the same; kept in the log history."""
 
-    allow_dead_parts: tuple[str, ...] = ()
-    """Parts of the model whose adapters may go without a gradient in the first step: of ``vision
-    tower``, ``perceiver``, ``cross-attention`` and ``text layers``. Any other dead part stops the
-    run."""
+    def _evaluation_problems(self) -> Iterator[str]:
+        yield from _not_whole(self, 1, "logging_steps", "eval_steps", "eval_batch_size")
+        yield from _no_flag(self, "eval_image_use")
+        yield from _not_whole(self, 0, "eval_samples")
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    save_steps: int = 40
+    """Optimizer steps between two checkpoints. The last step is always saved."""
+
+    save_total_limit: int | None = 3
+    """Checkpoints to keep; the best and the newest are kept whatever the limit. ``None``: all."""
+
+    load_best_model_at_end: bool = True
+    """After training, load the adapter of the checkpoint with the lowest ``eval_loss``."""
+
+    resume: str | os.PathLike[str] = "auto"
+    """``auto``: continue from the newest complete checkpoint of ``output_dir``, if there is one.
+    ``never``: refuse to start where checkpoints exist. A path: continue from that checkpoint."""
+
+    def _checkpoints_problems(self) -> Iterator[str]:
+        yield from _not_whole(self, 1, "save_steps")
+        yield from _not_whole(self, 1, "save_total_limit", optional=True)
+        yield from _no_flag(self, "load_best_model_at_end")
+        yield from _no_path(self, "resume")
+        sane = _is_whole(self.save_steps, 1) and _is_whole(self.eval_steps, 1)
+        if sane and self.load_best_model_at_end is True and self.save_steps % self.eval_steps:
+            yield (
+                f"save_steps={self.save_steps} is not a multiple of eval_steps={self.eval_steps}: "
+                "with load_best_model_at_end=True every checkpoint needs an evaluation; "
+                "change one of the two, or set load_best_model_at_end=False"
+            )
+
+    # --- data ---------------------------------------------------------------------------------
 
     loss_on: LossOn = "completion"
     """Which text tokens are targets: the completion and the end token only, or ``all`` text tokens
@@ -216,6 +382,17 @@ class TrainConfig:
     """Crop training images randomly (90-100 % of the area). ``False``: the checkpoint's own
     preprocessing, as in evaluation."""
 
+    num_workers: int = 2
+    """Processes that load windows ahead. 0: load in the main process. Changes speed only."""
+
+    def _data_problems(self) -> Iterator[str]:
+        yield from _no_choice(self, loss_on=LossOn)
+        yield from _not_whole(self, 2, "max_length", optional=True)
+        yield from _no_flag(self, "augment")
+        yield from _not_whole(self, 0, "num_workers")
+
+    # --- faults -------------------------------------------------------------------------------
+
     on_bad_row: OnBadRow = "skip"
     """When a row cannot be read: leave it out of its window, note it in ``bad_rows.jsonl`` and go
     on (until more than 5 % of the rows seen are bad), or ``raise``."""
@@ -224,23 +401,25 @@ class TrainConfig:
     """When a checkpoint cannot be written (a full disk): stop, or ``continue`` training and try
     again at the next ``save_steps``. The last save must work in either case."""
 
-    resume: str | os.PathLike[str] = "auto"
-    """``auto``: continue from the newest complete checkpoint of ``output_dir``, if there is one.
-    ``never``: refuse to start where checkpoints exist. A path: continue from that checkpoint."""
-
-    seed: int = 42
-    """Decides the order of the rows, their crops and the dropout masks."""
-
-    num_workers: int = 2
-    """Processes that load windows ahead. 0: load in the main process. Changes speed only."""
-
     loader_timeout_s: float = 600.0
     """Seconds that reading a window may take in a loader worker before the run stops."""
 
+    allow_dead_parts: tuple[str, ...] = ()
+    """Parts of the model whose adapters may go without a gradient in the first step: of ``vision
+    tower``, ``perceiver``, ``cross-attention`` and ``text layers``. Any other dead part stops the
+    run."""
+
+    def _faults_problems(self) -> Iterator[str]:
+        yield from _no_choice(self, on_bad_row=OnBadRow, on_save_error=OnSaveError)
+        yield from _no_number(self, "loader_timeout_s")
+        parts = self.allow_dead_parts
+        if not isinstance(parts, (tuple, list)) or not all(isinstance(p, str) for p in parts):
+            yield f"allow_dead_parts={parts!r}: expected a tuple of parts, such as ('perceiver',)"
+
+    # -----------------------------------------------------------------------------------------
+
     def __post_init__(self) -> None:
-        problems = [*self._choice_problems(), *self._number_problems()]
-        if not problems:  # the relations below need sane numbers
-            problems += self._relation_problems()
+        problems = [p for group in GROUPS for p in getattr(self, f"_{group}_problems")()]
         if problems:
             raise ValueError("TrainConfig cannot work:\n" + "\n".join(f"  - {p}" for p in problems))
         object.__setattr__(self, "output_dir", Path(self.output_dir))
@@ -263,88 +442,3 @@ class TrainConfig:
         fields = dataclasses.asdict(self)
         paths = {name: str(v) for name, v in fields.items() if isinstance(v, os.PathLike)}
         return {**fields, **paths, "allow_dead_parts": list(self.allow_dead_parts)}
-
-    def _choice_problems(self) -> list[str]:
-        choices = {
-            "precision": Precision,
-            "optim": Optim,
-            "lr_scheduler_type": Scheduler,
-            "loss_on": LossOn,
-            "on_save_error": OnSaveError,
-            "on_bad_row": OnBadRow,
-        }
-        problems = [
-            f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choice))}"
-            for name, choice in choices.items()
-            if getattr(self, name) not in get_args(choice)
-        ]
-        for name in (
-            "load_best_model_at_end", "augment", "gradient_checkpointing", "eval_image_use"
-        ):  # fmt: skip
-            if not isinstance(getattr(self, name), bool):
-                problems.append(f"{name}={getattr(self, name)!r}: expected True or False")
-        parts = self.allow_dead_parts
-        if not isinstance(parts, (tuple, list)) or not all(isinstance(p, str) for p in parts):
-            problems.append(
-                f"allow_dead_parts={parts!r}: expected a tuple of parts, such as ('perceiver',)"
-            )
-        for name in ("output_dir", "resume"):
-            value = getattr(self, name)
-            if not isinstance(value, (str, os.PathLike)) or not str(value):
-                problems.append(f"{name}={value!r}: expected a path")
-        return problems
-
-    def _number_problems(self) -> list[str]:
-        problems = []
-        whole = {  # field: smallest value
-            "global_batch_size": 1,
-            "eval_batch_size": 1,
-            "logging_steps": 1,
-            "eval_steps": 1,
-            "save_steps": 1,
-            "warmup_steps": 0,
-            "num_workers": 0,
-            "eval_samples": 0,
-            "seed": 0,
-        }
-        optional = {"max_steps": 1, "save_total_limit": 1, "max_length": 2}
-        for name, smallest in {**whole, **optional}.items():
-            value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-                problems.append(f"{name}={value!r}: expected a whole number of at least {smallest}")
-        size = self.micro_batch_size
-        if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            problems.append(
-                f"micro_batch_size={size!r}: expected 'auto' or a whole number of at least 1"
-            )
-        positive = ("num_train_epochs", "learning_rate", "max_grad_norm", "loader_timeout_s")
-        for name in (*positive, "weight_decay"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                problems.append(f"{name}={value!r}: expected a number")
-            elif not math.isfinite(value) or value < 0 or (name in positive and value == 0):
-                bound = "above 0" if name in positive else "of at least 0"
-                problems.append(f"{name}={value!r}: expected a finite number {bound}")
-        return problems
-
-    def _relation_problems(self) -> list[str]:
-        problems = []
-        if self.micro_batch_size != "auto" and self.micro_batch_size > self.global_batch_size:
-            problems.append(
-                f"micro_batch_size={self.micro_batch_size} is larger than "
-                f"global_batch_size={self.global_batch_size}: a micro-batch is a part of a window"
-            )
-        if self.max_steps is not None and self.warmup_steps > self.max_steps:
-            problems.append(
-                f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}: "
-                "the learning rate would never reach its peak"
-            )
-        if self.load_best_model_at_end and self.save_steps % self.eval_steps:
-            problems.append(
-                f"save_steps={self.save_steps} is not a multiple of eval_steps={self.eval_steps}: "
-                "with load_best_model_at_end=True every checkpoint needs an evaluation; "
-                "change one of the two, or set load_best_model_at_end=False"
-            )
-        return problems

@@ -3,12 +3,13 @@
 import dataclasses
 import inspect
 import pickle
+import pydoc
 import re
 
 import pytest
 
 import idefics_qlora as iq
-from idefics_qlora.config import OTHER_NAMES
+from idefics_qlora.config import GROUPS, OTHER_NAMES, explanations
 
 
 def test_defaults_are_the_tutorials_recipe():
@@ -38,39 +39,45 @@ def test_defaults_are_the_tutorials_recipe():
 
 def test_fields_are_frozen_names():
     """A field is only added or renamed on purpose: users write them in their scripts."""
-    assert [field.name for field in dataclasses.fields(iq.TrainConfig)] == [
-        "output_dir",
-        "max_steps",
-        "num_train_epochs",
-        "global_batch_size",
-        "micro_batch_size",
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-        "max_grad_norm",
-        "precision",
-        "optim",
-        "gradient_checkpointing",
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-        "load_best_model_at_end",
-        "eval_batch_size",
-        "eval_image_use",
-        "eval_samples",
-        "allow_dead_parts",
-        "loss_on",
-        "max_length",
-        "augment",
-        "on_bad_row",
-        "on_save_error",
-        "resume",
-        "seed",
-        "num_workers",
-        "loader_timeout_s",
-    ]
+    assert GROUPS == {
+        "run": ("output_dir", "seed"),
+        "schedule": (
+            "max_steps",
+            "num_train_epochs",
+            "learning_rate",
+            "lr_scheduler_type",
+            "warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+        ),
+        "batch": ("global_batch_size", "micro_batch_size", "gradient_checkpointing"),
+        "precision": ("precision", "optim"),
+        "evaluation": (
+            "logging_steps",
+            "eval_steps",
+            "eval_batch_size",
+            "eval_image_use",
+            "eval_samples",
+        ),
+        "checkpoints": ("save_steps", "save_total_limit", "load_best_model_at_end", "resume"),
+        "data": ("loss_on", "max_length", "augment", "num_workers"),
+        "faults": ("on_bad_row", "on_save_error", "loader_timeout_s", "allow_dead_parts"),
+    }
+    names = [field.name for field in dataclasses.fields(iq.TrainConfig)]
+    assert names == [name for group in GROUPS.values() for name in group]
+
+
+def test_help_explains_every_field_under_its_heading():
+    """The README promises it; what stands below a field in the source is else seen by editors."""
+    told = pydoc.render_doc(iq.TrainConfig, renderer=pydoc.plaintext)
+    assert "Settings of one training run." in told
+    place = 0
+    for group, names in GROUPS.items():
+        place = told.index(f" {group.capitalize()}:\n", place)
+        for name in names:
+            place = told.index(f" {name}: ", place)
+            assert explanations(iq.TrainConfig)[name].splitlines()[0] in told[place:]
+    assert "learning_rate: float = 0.0002" in told
 
 
 def test_every_problem_is_reported_at_once():
@@ -120,6 +127,18 @@ def test_values_that_contradict_each_other(values, message):
         iq.TrainConfig(output_dir="runs", **values)
 
 
+@pytest.mark.parametrize("value", ["many", (), -1, True, 2.5])
+@pytest.mark.parametrize(
+    "name", ["max_steps", "warmup_steps", "global_batch_size", "eval_steps", "save_steps"]
+)
+def test_a_check_of_two_fields_bears_any_value_of_either(name, value):
+    """What is wrong by itself is told once, by its own check."""
+    with pytest.raises(ValueError, match="cannot work") as caught:
+        iq.TrainConfig(**{"output_dir": "runs", "max_steps": 40, "warmup_steps": 1, name: value})
+    assert str(caught.value).count("\n") == 1
+    assert f"  - {name}={value!r}: expected a whole number" in str(caught.value)
+
+
 def test_steps_follow_from_epochs():
     """Without max_steps, the epochs decide, the last window included."""
     config = iq.TrainConfig(output_dir="runs", num_train_epochs=1.5)
@@ -141,7 +160,7 @@ def test_steps_follow_from_epochs():
         ("dataloader_num_workers", 2, "num_workers"),
         ("resume_from_checkpoint", True, "resume='auto'"),
         ("leraning_rate", 1e-4, "did you mean learning_rate"),
-        ("wombat", 1, "there is no such setting; there are output_dir, .* loader_timeout_s"),
+        ("wombat", 1, "there is no such setting; there are output_dir, .* allow_dead_parts"),
     ],
 )
 def test_settings_of_other_trainers_are_told_by_our_names(name, value, message):
