@@ -22,7 +22,7 @@ test-quick: $(VENV)/installed
 	$(BIN)/pytest -m "not slow"
 
 test-faults: $(VENV)/installed
-	$(BIN)/pytest tests/test_faults.py --kills 50
+	$(BIN)/pytest tests/training/test_faults.py --kills 50
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -30,8 +30,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 900
 WIDER = (
-    *("test_training.py", "test_resume.py", "test_checkpoint.py", "test_runs_of_0_1.py"),
-    *("test_batches.py", "test_rows.py", "test_model.py", "test_diagnostics.py", "test_faults.py"),
+    *(
+        "training/test_loop.py",
+        "training/test_resume.py",
+        "test_checkpoint.py",
+        "test_runs_of_0_1.py",
+    ),
+    *(
+        "data/test_batches.py",
+        "data/test_rows.py",
+        "model/test_model.py",
+        "training/test_diagnostics.py",
+        "training/test_faults.py",
+    ),
 )
 """Files of tests for a mutant that its own tests did not notice."""
 
@@ -69,16 +80,16 @@ def _m(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
     return Mutant(name, file, old, new, tests)
 
 
-EVERY_STEP = "test_resume.py::test_interrupted_at_every_step"
+EVERY_STEP = "training/test_resume.py::test_interrupted_at_every_step"
 OVERFLOWING = f"{EVERY_STEP}[overflowing]"
-FAILING = "test_resume.py::test_what_failed_is_made_up_for"
-GROWS = "test_resume.py::test_interrupted_while_the_micro_batch_grows"
-STREAM = "test_rows.py::test_a_run_over_a_stream_resumes_exactly"
-HALVES = "test_faults.py::test_out_of_memory_halves_the_micro_batch"
-OVERFLOW = "test_training.py::test_an_overflow_skips_the_update"
-TRAINER = "test_training.py::test_parity_with_hugging_face_trainer"
-WINDOW = "test_training.py::test_the_window_decides_not_the_micro_batch"
-LEARNING = "test_training.py::test_learning_lowers_the_loss"
+FAILING = "training/test_resume.py::test_what_failed_is_made_up_for"
+GROWS = "training/test_resume.py::test_interrupted_while_the_micro_batch_grows"
+STREAM = "data/test_rows.py::test_a_run_over_a_stream_resumes_exactly"
+HALVES = "training/test_faults.py::test_out_of_memory_halves_the_micro_batch"
+OVERFLOW = "training/test_loop.py::test_an_overflow_skips_the_update"
+TRAINER = "training/test_loop.py::test_parity_with_hugging_face_trainer"
+WINDOW = "training/test_loop.py::test_the_window_decides_not_the_micro_batch"
+LEARNING = "training/test_loop.py::test_learning_lowers_the_loss"
 FSYNC = "test_checkpoint.py::test_files_are_on_the_disk_before_the_folder_has_its_name"
 DAMAGE = "test_checkpoint.py::test_damage_is_found_and_passed_over"
 
@@ -86,20 +97,20 @@ NOT_RESTORED = {
     "global_step": OVERFLOWING,
     "window": OVERFLOWING,
     "skipped_windows": OVERFLOWING,
-    "skips_in_a_row": "test_resume.py::test_every_count_goes_on",
+    "skips_in_a_row": "training/test_resume.py::test_every_count_goes_on",
     "micro_batch_size": GROWS,
     "growing": GROWS,
     "num_examples": OVERFLOWING,
     "num_images": OVERFLOWING,
     "num_tokens": OVERFLOWING,
-    "num_bad_rows": "test_resume.py::test_every_count_goes_on",
+    "num_bad_rows": "training/test_resume.py::test_every_count_goes_on",
     "position": STREAM,
-    "seconds": "test_resume.py::test_every_count_goes_on",
+    "seconds": "training/test_resume.py::test_every_count_goes_on",
     "loss_sum": OVERFLOWING,
     "unlogged_steps": OVERFLOWING,
-    "best_metric": "test_resume.py::test_going_on_elsewhere_takes_the_best_along",
+    "best_metric": "training/test_resume.py::test_going_on_elsewhere_takes_the_best_along",
     "log_history": OVERFLOWING,
-    "first_nonfinite_module": "test_resume.py::test_every_count_goes_on",
+    "first_nonfinite_module": "training/test_resume.py::test_every_count_goes_on",
     "finished_step": FAILING,
     "num_told": FAILING,
 }
@@ -157,21 +168,21 @@ MUTANTS = (
         "state.py",
         "rng=rng_tensors(self.device) if rng is None else rng,",
         "rng=rng_tensors(self.device),",
-        "test_faults.py::test_what_is_not_finite_can_be_replayed",
+        "training/test_faults.py::test_what_is_not_finite_can_be_replayed",
     ),
     _m(
         "another run's settings are accepted",
         "state.py",
         "        if problems:\n",
         "        if False:\n",
-        "test_resume.py::test_what_changes_the_mathematics_is_refused",
+        "training/test_resume.py::test_what_changes_the_mathematics_is_refused",
     ),
     _m(
         "the step's number is no part of the optimizer's state",
         "optim.py",
         "scalars.setdefault(name, {})[key] = value",
         "pass",
-        "test_resume.py::test_interrupted_in_each_execution",
+        "training/test_resume.py::test_interrupted_in_each_execution",
     ),
     # The step.
     _m(
@@ -179,14 +190,14 @@ MUTANTS = (
         "training.py",
         "    state.scaler.unscale_(state.optimizer)\n",
         "",
-        "test_training.py::test_clipping_sees_the_true_gradient",
+        "training/test_loop.py::test_clipping_sees_the_true_gradient",
     ),
     _m(
         "nothing is clipped",
         "training.py",
         "clip_grad_norm_(parameters, state.config.max_grad_norm)",
         'clip_grad_norm_(parameters, float("inf"))',
-        "test_training.py::test_the_gradient_is_clipped",
+        "training/test_loop.py::test_the_gradient_is_clipped",
     ),
     _m(
         "a micro-batch's loss is divided by its own targets",
@@ -221,14 +232,14 @@ MUTANTS = (
         "training.py",
         "state.scaler.scale(micro_loss).backward()",
         "micro_loss.backward()",
-        "test_training.py::test_clipping_sees_the_true_gradient",
+        "training/test_loop.py::test_clipping_sees_the_true_gradient",
     ),
     _m(
         "an infinite loss updates the weights",
         "training.py",
         "parameters[0].grad += loss - loss",
         "pass",
-        "test_faults.py::test_an_infinite_loss_is_an_overflow",
+        "training/test_faults.py::test_an_infinite_loss_is_an_overflow",
     ),
     _m(
         "a skipped window advances the step",
@@ -256,7 +267,7 @@ MUTANTS = (
         "training.py",
         "if not state.scaler.is_enabled() and not torch.isfinite(loss + grad_norm):",
         "if False:",
-        "test_training.py::test_a_bad_gradient_in_fp32_touches_no_weight",
+        "training/test_loop.py::test_a_bad_gradient_in_fp32_touches_no_weight",
     ),
     _m(
         "the learning rate stays that of the first step",
@@ -270,21 +281,21 @@ MUTANTS = (
         "optim.py",
         "max(0.0, (total_steps - step) / decay_steps)",
         "max(0.0, (total_steps - step - 1) / decay_steps)",
-        "test_training.py::test_schedules_equal_transformers",
+        "training/test_loop.py::test_schedules_equal_transformers",
     ),
     _m(
         "there is no warm-up",
         "optim.py",
         "if step < config.warmup_steps:",
         "if False:",
-        "test_training.py::test_schedules_equal_transformers",
+        "training/test_loop.py::test_schedules_equal_transformers",
     ),
     _m(
         "weight decay is ignored",
         "optim.py",
         '"weight_decay": config.weight_decay,',
         '"weight_decay": 0.0,',
-        "test_training.py::test_weights_decay",
+        "training/test_loop.py::test_weights_decay",
     ),
     _m(
         "a window that did not fit leaves its gradient",
@@ -305,42 +316,42 @@ MUTANTS = (
         "run.py",
         "                restore_rng(rng, state.device)\n",
         "                pass\n",
-        "test_failures.py::test_a_step_that_fails",
+        "training/test_failures.py::test_a_step_that_fails",
     ),
     _m(
         "a micro-batch that did not fit grows again",
         "training.py",
         "    state.growing = False\n",
         "",
-        "test_faults.py::test_auto_grows_until_memory_ends",
+        "training/test_faults.py::test_auto_grows_until_memory_ends",
     ),
     _m(
         "the search for an overflow leaves its random states",
         "run.py",
         "            restore_rng(rng, state.device)\n        if",
         "            pass\n        if",
-        "test_faults.py::test_the_search_for_an_overflow_changes_nothing",
+        "training/test_faults.py::test_the_search_for_an_overflow_changes_nothing",
     ),
     _m(
         "the search for an overflow draws other dropout masks",
         "run.py",
         "        restore_rng(state.window_rng, state.device)\n        try",
         "        try",
-        "test_faults.py::test_the_search_for_an_overflow_changes_nothing",
+        "training/test_faults.py::test_the_search_for_an_overflow_changes_nothing",
     ),
     _m(
         "an update that broke off half-way is saved",
         "run.py",
         "        if state.half_updated:\n",
         "        if False:\n",
-        "test_failures.py::test_half_an_update_is_not_saved",
+        "training/test_failures.py::test_half_an_update_is_not_saved",
     ),
     _m(
         "the optimizer's states are made in its first step",
         "run.py",
         "            allocate_states(self.state.optimizer)\n",
         "            pass\n",
-        "test_failures.py::test_states_are_there_before_the_first_step",
+        "training/test_failures.py::test_states_are_there_before_the_first_step",
     ),
     # The loss.
     _m(
@@ -348,42 +359,42 @@ MUTANTS = (
         "loss.py",
         "labels[:, 1:].flatten()",
         "labels[:, :-1].flatten()",
-        "test_model.py::test_loss_equals_pytorchs_over_the_targets",
+        "model/test_model.py::test_loss_equals_pytorchs_over_the_targets",
     ),
     _m(
         "the prompt is learnt",
         "batches.py",
         "labels=input_ids.masked_fill(~is_target, IGNORE),",
         "labels=input_ids,",
-        "test_batches.py",
+        "data/test_batches.py",
     ),
     _m(
         "padding is learnt",
         "batches.py",
         "            is_target = is_token\n",
         "            is_target = torch.ones_like(is_token)\n",
-        "test_batches.py",
+        "data/test_batches.py",
     ),
     _m(
         "image tokens are learnt",
         "batches.py",
         "is_target = is_target & ~torch.isin(input_ids, self.never_target)",
         "pass",
-        "test_batches.py",
+        "data/test_batches.py",
     ),
     _m(
         "padding is attended to",
         "batches.py",
         "attention_mask=is_token.long(),",
         "attention_mask=torch.ones_like(input_ids),",
-        "test_batches.py",
+        "data/test_batches.py",
     ),
     _m(
         "words see every picture of their row",
         "batches.py",
         "sees = latest_image[:, :, None] == torch.arange(most_images)",
         "sees = latest_image[:, :, None] >= torch.arange(most_images)",
-        "test_batches.py",
+        "data/test_batches.py",
     ),
     # The windows.
     _m(
@@ -391,29 +402,29 @@ MUTANTS = (
         "windows.py",
         "np.random.default_rng((seed, epoch))",
         "np.random.default_rng((seed, 0))",
-        "test_batches.py",
-        "test_rows.py::test_nothing_takes_a_bad_rows_place",
+        "data/test_batches.py",
+        "data/test_rows.py::test_nothing_takes_a_bad_rows_place",
     ),
     _m(
         "every run has the same order",
         "windows.py",
         "np.random.default_rng((seed, epoch))",
         "np.random.default_rng((0, epoch))",
-        "test_batches.py",
+        "data/test_batches.py",
     ),
     _m(
         "every epoch has the same crops",
         "windows.py",
         "np.random.SeedSequence((seed, epoch, row))",
         "np.random.SeedSequence((seed, 0, row))",
-        "test_batches.py",
+        "data/test_batches.py",
     ),
     _m(
         "every row has the same crop",
         "windows.py",
         "np.random.SeedSequence((seed, epoch, row))",
         "np.random.SeedSequence((seed, epoch, 0))",
-        "test_batches.py",
+        "data/test_batches.py",
     ),
     _m(
         "a stream begins anew",
@@ -427,7 +438,7 @@ MUTANTS = (
         "windows.py",
         'epoch, number = self.position["epoch"], self.position["row"]',
         'number = self.position["row"]',
-        "test_rows.py::test_a_stream_gives_its_rows_in_order",
+        "data/test_rows.py::test_a_stream_gives_its_rows_in_order",
         STREAM,
     ),
     _m(
@@ -435,28 +446,28 @@ MUTANTS = (
         "windows.py",
         "num_tokens=self.lengths[start],",
         "num_tokens=self.lengths[0],",
-        "test_batches.py",
+        "data/test_batches.py",
     ),
     _m(
         "loading draws from the global generator",
         "loading.py",
         "generator=torch.Generator(),",
         "generator=None,",
-        "test_training.py::test_evaluating_changes_nothing",
+        "training/test_loop.py::test_evaluating_changes_nothing",
     ),
     _m(
         "loader workers die of a stop signal",
         "faults.py",
         "        signal.signal(number, signal.SIG_IGN)\n",
         "        pass\n",
-        "test_faults.py::test_loader_workers_ignore_stop_signals",
+        "training/test_faults.py::test_loader_workers_ignore_stop_signals",
     ),
     _m(
         "loader workers keep the lock",
         "loading.py",
         "    RunLock.close_in_child()\n",
         "",
-        "test_faults.py::test_workers_that_outlive_a_run_do_not_lock_its_folder",
+        "training/test_faults.py::test_workers_that_outlive_a_run_do_not_lock_its_folder",
     ),
     # Evaluation.
     _m(
@@ -464,43 +475,43 @@ MUTANTS = (
         "model.py",
         "            module.training = training\n",
         "            pass\n",
-        "test_training.py::test_evaluate_averages_over_tokens",
-        "test_training.py::test_evaluating_changes_nothing",
+        "training/test_loop.py::test_evaluate_averages_over_tokens",
+        "training/test_loop.py::test_evaluating_changes_nothing",
     ),
     _m(
         "an evaluation drops out",
         "model.py",
         "    model.eval()\n    try:\n",
         "    try:\n",
-        "test_training.py::test_evaluating_changes_nothing",
+        "training/test_loop.py::test_evaluating_changes_nothing",
     ),
     _m(
         "an evaluation averages over batches",
         "evaluation.py",
         "num_targets += window.num_targets",
         "num_targets += window.num_targets if num_batches == 1 else 0",
-        "test_training.py::test_evaluate_averages_over_tokens",
+        "training/test_loop.py::test_evaluate_averages_over_tokens",
     ),
     _m(
         "the worst checkpoint is the best",
         "run.py",
         "eval_loss < best_metric",
         "eval_loss != best_metric",
-        "test_training.py::test_the_best_is_loaded_and_never_deleted",
+        "training/test_loop.py::test_the_best_is_loaded_and_never_deleted",
     ),
     _m(
         "the best is not loaded at the end",
         "run.py",
         "        if finished and self.config.load_best_model_at_end:\n",
         "        if False:\n",
-        "test_training.py::test_the_best_is_loaded_and_never_deleted",
+        "training/test_loop.py::test_the_best_is_loaded_and_never_deleted",
     ),
     _m(
         "the best checkpoint is deleted",
         "run.py",
         "protected = {state.global_step, state.best_step}",
         "protected = {state.global_step}",
-        "test_training.py::test_the_best_is_loaded_and_never_deleted",
+        "training/test_loop.py::test_the_best_is_loaded_and_never_deleted",
     ),
     # When things happen.
     _m(
@@ -509,35 +520,35 @@ MUTANTS = (
         "if last or due(state.global_step, config.save_steps):",
         "if due(state.global_step, config.save_steps):",
         LEARNING,
-        "test_faults.py::test_what_a_signal_stopped_goes_on",
+        "training/test_faults.py::test_what_a_signal_stopped_goes_on",
     ),
     _m(
         "the last step is not evaluated",
         "training.py",
         "(last or due(state.global_step, config.eval_steps))",
         "due(state.global_step, config.eval_steps)",
-        "test_faults.py::test_what_a_signal_stopped_goes_on",
+        "training/test_faults.py::test_what_a_signal_stopped_goes_on",
     ),
     _m(
         "signals do not stop a run",
         "training.py",
         "while state.global_step < state.total_steps and stop.received is None:",
         "while state.global_step < state.total_steps:",
-        "test_faults.py::test_a_signal_saves_and_returns",
+        "training/test_faults.py::test_a_signal_saves_and_returns",
     ),
     _m(
         "a stopped run is not saved",
         "training.py",
         "            if stop.received is not None:\n                run.save_if_new()\n",
         "",
-        "test_faults.py::test_a_signal_saves_and_returns",
+        "training/test_faults.py::test_a_signal_saves_and_returns",
     ),
     _m(
         "dropout depends on what ran before",
         "training.py",
         "        models.seeded(config.seed, next(model.parameters()).device),  # dropout\n",
         "",
-        "test_training.py::test_a_run_depends_on_its_seed_alone",
+        "training/test_loop.py::test_a_run_depends_on_its_seed_alone",
     ),
     _m(
         "a run leaves its random numbers to its caller",
@@ -566,7 +577,7 @@ MUTANTS = (
         "faults.py",
         "                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         "",
-        "test_faults.py::test_two_runs_in_one_folder",
+        "training/test_faults.py::test_two_runs_in_one_folder",
     ),
     _m(
         "files are not on the disk when the folder gets its name",
@@ -595,14 +606,14 @@ MUTANTS = (
         "        temporary.rename(folder)\n",
         "        shutil.copytree(temporary, folder)\n        shutil.rmtree(temporary)\n",
         FSYNC,
-        "test_faults.py::test_each_file_operation_of_a_save",
+        "training/test_faults.py::test_each_file_operation_of_a_save",
     ),
     _m(
         "a failed save leaves its files",
         "checkpoint.py",
         "        shutil.rmtree(temporary, ignore_errors=True)\n",
         "        pass\n",
-        "test_faults.py::test_a_write_that_breaks_off",
+        "training/test_faults.py::test_a_write_that_breaks_off",
     ),
     _m(
         "altered files are not noticed",
@@ -658,7 +669,7 @@ MUTANTS = (
         "run.py",
         "        set_aside(self.folder, state.global_step)\n",
         "",
-        "test_resume.py::test_a_path_goes_back",
+        "training/test_resume.py::test_a_path_goes_back",
     ),
     _m(
         "a copy of another step's checkpoint is taken for its name's",
@@ -680,14 +691,14 @@ MUTANTS = (
         "model.py",
         '{"use_reentrant": False}',
         '{"use_reentrant": True}',
-        "test_model.py::test_every_adapter_gets_a_gradient",
+        "model/test_model.py::test_every_adapter_gets_a_gradient",
     ),
     _m(
         "an evaluation repacks 4-bit weights",
         "cpu.py",
         "            module.support_avx512bf16_for_cpu = False\n",
         "            pass\n",
-        "test_model.py::test_evaluation_does_not_break_training",
+        "model/test_model.py::test_evaluation_does_not_break_training",
     ),
 )
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, PngImagePlugin
 
 import idefics_qlora as iq
-from idefics_qlora import decode, images
+from idefics_qlora.images import cropping, decode
 from idefics_qlora.images.access import ImageAccess
 from idefics_qlora.images.cropping import full_image, random_crop
 from idefics_qlora.images.opening import open_image
@@ -527,7 +527,7 @@ def test_sharing_the_pictures_memory_changes_nothing(size, monkeypatch):
     shared = random_crop(picture, 64, seed=1)
     monkeypatch.setattr("pyarrow.array", without)
     assert torch.equal(shared, random_crop(picture, 64, seed=1))
-    monkeypatch.setattr(images.RandomResizedCrop, "get_params", lambda image, *_: (5, 9, 80, 70))
+    monkeypatch.setattr(cropping.RandomResizedCrop, "get_params", lambda image, *_: (5, 9, 80, 70))
     expected = full_image(picture.crop((9, 5, 79, 85)), 64)
     assert torch.equal(random_crop(picture, 64, seed=1), expected)
 
