@@ -30,7 +30,7 @@ def test_mutants_are_told_apart():
 
 def test_a_mutant_that_does_not_fit_is_named(capsys, monkeypatch):
     """Source that has moved on under a mutant stops the tool before anything is run."""
-    gone = mutants.Mutant("a gone line", "loss.py", "no such line", "", ())
+    gone = mutants.Mutant("a gone line", "model/loss.py", "no such line", "", ())
     monkeypatch.setattr(mutants, "MUTANTS", (gone,))
     assert mutants.main([]) == 2
-    assert "'a gone line': 'no such line' is 0 times in loss.py" in capsys.readouterr().err
+    assert "'a gone line': 'no such line' is 0 times in model/loss.py" in capsys.readouterr().err
