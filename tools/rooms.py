@@ -29,8 +29,8 @@ FLOORS = (
 )
 """Rooms, and files at the root, from the top to the bottom."""
 
-TITLES = ("files at the root", *(room[0] for room in FLOORS[1:-1]), "the face: __init__")
-ROOT = "Settings; versions and machine; signals and the folder's lock; folders on disk, verified."
+TITLES = ("root", *(room[0] for room in FLOORS[1:-1]), "face")
+ROOT = "Settings; versions, signals and locks; folders on disk, verified."
 
 
 def modules(package: Path) -> dict[str, Path]:
@@ -94,60 +94,64 @@ def draw(package: Path) -> str:
     known, between = modules(package), Counter[tuple[int, int]]()
     for module, others in arrows(package).items():
         between.update((floor(module), floor(other)) for other in others)
-    width, left, dots, top = 1010, 16, 700, 34
-    pitch = (width - dots - 16) / (len(FLOORS) - 1)
-    rows, y = [], top
+    width, left, top, pitch = 1010, 12, 40, 58
+    columns = [width - left - pitch * (len(FLOORS) - 1 - n) + 22 for n in range(len(FLOORS) - 1)]
+    boxes, dots, y = [], [], top
     for number, rooms in enumerate(FLOORS):
         files = [m for m in known if m.partition(".")[0] in rooms and _is_shown(m)]
         about = ROOT if number == 0 else _first_line(known, rooms[0])
-        names = [f"{_short(m)} {len(known[m].read_text().splitlines())}" for m in files]
-        lines = _wrapped(names, 92)
-        height = 44 + 17 * len(lines)
-        rows.append(
-            f'<rect x="{left}" y="{y}" width="{width - 2 * left}" height="{height - 8}" rx="6" '
-            f'class="room"/><text x="{left + 12}" y="{y + 20}" class="title">'
-            f'{escape(TITLES[number])}<tspan class="about" dx="10">{escape(about)}</tspan></text>'
+        names = [f"{_short(m)} {_about_lines(known[m])}" for m in files]
+        lines = _wrapped(names, 72)
+        height = 36 + 17 * len(lines)
+        boxes.append(
+            f'<rect x="{left}" y="{y}" width="{width - 2 * left}" height="{height}" rx="6" '
+            f'class="room"/><text x="{left + 12}" y="{y + 21}" class="title">{TITLES[number]}'
+            f'</text><text x="{left + 108}" y="{y + 21}">{escape(about)}</text>'
         )
-        rows += [
-            f'<text x="{left + 12}" y="{y + 39 + 17 * i}" class="files">{escape(line)}</text>'
+        boxes += [
+            f'<text x="{left + 12}" y="{y + 42 + 17 * i}" class="files">{escape(line)}</text>'
             for i, line in enumerate(lines)
         ]
         for other in range(number):
             if count := between[number, other]:
-                x = dots + pitch * other + 20
-                radius = 3 + count**0.5
-                rows.append(
-                    f'<circle cx="{x:.0f}" cy="{y + height / 2 - 4:.0f}" r="{radius:.1f}">'
-                    f"<title>{TITLES[number]} imports {count} files' worth from "
-                    f"{TITLES[other]}</title></circle>"
+                dots.append(
+                    f'<circle cx="{columns[other]}" cy="{y + height // 2}" '
+                    f'r="{3 + count**0.5:.1f}"><title>{TITLES[number]} imports from '
+                    f"{TITLES[other]}: {count} times</title></circle>"
                 )
-        y += height
+        y += height + 8
     heads = [
-        f'<text x="{dots + pitch * n + 20:.0f}" y="22" class="head">{escape(title.split()[-1])}'
-        "</text>"
-        for n, title in enumerate(TITLES[:-1])
+        f'<text x="{x}" y="28" class="head">{title}</text><path d="M{x} {top}V{y - 8}"/>'
+        for x, title in zip(columns, TITLES, strict=False)
     ]
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y + 8}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" role="img" '
         'aria-label="The rooms of the package from the top to the bottom; dots show from which '
         'rooms each imports, all of them above it"><style>\n'
         "text {font: 13px system-ui, sans-serif; fill: #1f2937}\n"
         ".room {fill: #f3f6fa; stroke: #c4cedb}\n.title {font-weight: 600; font-size: 15px}\n"
-        ".about {font-weight: 400; font-size: 13px}\n"
         ".files {font: 12px ui-monospace, monospace; fill: #475569}\n"
-        ".head {font-size: 11px; text-anchor: middle; fill: #475569}\ncircle {fill: #2563eb}\n"
-        f'</style><rect width="{width}" height="{y + 8}" fill="#fff"/>\n'
-        + "\n".join([*heads, *rows])
+        ".head {font-size: 10.5px; text-anchor: middle; fill: #475569}\n"
+        "path {stroke: #dbe2ea}\ncircle {fill: #2563eb}\n"
+        f'</style><rect width="{width}" height="{y}" fill="#fff"/>\n'
+        f'<text x="{left + 12}" y="28" class="head" style="text-anchor: start">file and its '
+        "lines, in tens; the larger the dot, the more is imported from</text>\n"
+        + "\n".join([*boxes, *heads, *dots])
         + "\n</svg>\n"
     )
 
 
 def _is_shown(module: str) -> bool:
-    return not module.endswith(".__init__")
+    return module == "__init__" or not module.endswith(".__init__")
 
 
 def _short(module: str) -> str:
     return module.rpartition(".")[2]
+
+
+def _about_lines(file: Path) -> int:
+    """Lines of a file to the next ten, so that not every change draws the picture anew."""
+    return -(-len(file.read_text().splitlines()) // 10) * 10
 
 
 def _first_line(known: dict[str, Path], room: str) -> str:
@@ -161,7 +165,7 @@ def _wrapped(names: list[str], width: int) -> list[str]:
     for name in names:
         if lines[-1] and len(lines[-1]) + len(name) + 3 > width:
             lines.append("")
-        lines[-1] += ("   " if lines[-1] else "") + name
+        lines[-1] += (" · " if lines[-1] else "") + name
     return lines
 
 
