@@ -13,6 +13,7 @@ import describe_image
 import diagnostics
 import finetune_pokemon_cards
 import full_size
+import import_time
 import loop
 import pytest
 import quickstart
@@ -144,6 +145,19 @@ def test_the_diagnostics_benchmark_reports_a_share(capsys):
     assert json.loads(capsys.readouterr().out) == summary
     assert all(seconds > 0 for seconds in summary["checks_s"].values())
     assert 0 < summary["share_of_100_steps"] < 1
+
+
+def test_the_import_benchmark_runs(capsys, monkeypatch):
+    """Each statement is executed by an interpreter of its own, and its median compared."""
+    chosen = {
+        name: import_time.STATEMENTS[name] for name in ("import torch", "import idefics_qlora")
+    }
+    monkeypatch.setattr(import_time, "STATEMENTS", chosen)
+    medians = import_time.main(["--runs", "1"])
+    assert medians.keys() == chosen.keys()
+    assert min(medians.values()) > 0
+    printed = capsys.readouterr().out
+    assert re.search(r"import idefics_qlora +\d+\.\d\d s +\d+\.\d\d x torch", printed)
 
 
 def test_the_data_benchmark_runs(capsys):
