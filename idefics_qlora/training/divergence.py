@@ -6,6 +6,7 @@ what its loss may be.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,11 +14,14 @@ from pathlib import Path
 from peft import PeftModel
 
 from idefics_qlora.checkpoint import load_checkpoint
-from idefics_qlora.data.batches import Batch
+from idefics_qlora.data.batches import Batch, Window
 from idefics_qlora.files import CheckpointError
 from idefics_qlora.model.adapters import adapter_tensors, load_adapter, without_adapter
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.precision import evaluation_mode
+from idefics_qlora.training.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 MARGIN = 1.0
 """Nats per target token by which an adapter may be worse than none: a little, by chance."""
@@ -73,3 +77,15 @@ class Divergence:
                 logits = self._model(**batch.inputs(), use_cache=False).logits
                 total += summed_cross_entropy(logits, batch.labels).item()  # sync
         return total / sum(batch.num_targets for batch in self._batches)
+
+
+def divergence(state: TrainState, window: Window) -> Divergence | None:
+    """Whether the adapter is to blame for values that are not finite; a fresh one is not."""
+    if state.global_step == 0:
+        return None
+    try:
+        batches = window.to(state.device).micro_batches(state.micro_batch_size)
+        return Divergence(state.model, batches) or None
+    except Exception as error:  # an explanation must not end a run
+        logger.warning("whether training has diverged cannot be told: %s", error)
+        return None

@@ -107,7 +107,7 @@ def train(
                 if output is None:  # every row of the window was bad
                     continue
                 if output.skipped:
-                    run.report_skip(window)
+                    run.overflow.report(window)
                     continue
 
                 progress.update()
@@ -119,7 +119,7 @@ def train(
                     progress.set_postfix(loss=f"{loss:.3f}")
                 finish_step(run)
             if stop.received is not None:
-                run.save_if_new()
+                run.saving.save_if_new()
         return run.result()
 
 
@@ -138,7 +138,7 @@ def finish_step(run: Run) -> None:
         eval_loss = run.evaluate()
     state.finished_step = state.global_step
     if last or due(state.global_step, config.save_steps):
-        run.save(eval_loss)
+        run.saving.save(eval_loss)
 
 
 class WindowTooLarge(torch.OutOfMemoryError):

@@ -1,12 +1,29 @@
-"""From which checkpoint a run goes on, and what must not differ then."""
+"""From which checkpoint a run goes on, and what it makes of its folder then."""
 
 from __future__ import annotations
 
+import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from idefics_qlora.checkpoint import checkpoints, resolved
+from idefics_qlora.checkpoint import (
+    check_step,
+    checkpoint_path,
+    checkpoints,
+    is_of_run,
+    is_ours,
+    load_checkpoint,
+    resolved,
+    save_checkpoint,
+    set_aside,
+)
 from idefics_qlora.config import TrainConfig
+from idefics_qlora.files import CheckpointError
+from idefics_qlora.training.saving import checked
+from idefics_qlora.training.state import TrainState, new_run
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoints_to_resume(config: TrainConfig, output_dir: Path) -> list[Path]:
@@ -33,13 +50,63 @@ def checkpoints_to_resume(config: TrainConfig, output_dir: Path) -> list[Path]:
     return [folder]
 
 
-FREE_FIELDS = frozenset(
-    {
-        *("output_dir", "resume", "save_steps", "save_total_limit", "on_save_error"),
-        *("eval_image_use", "eval_samples", "allow_dead_parts"),
-        *("on_bad_row", "logging_steps", "eval_steps", "eval_batch_size", "load_best_model_at_end"),
-        *("micro_batch_size", "gradient_checkpointing", "num_workers", "loader_timeout_s"),
-        *("max_steps", "num_train_epochs", "precision"),  # judged below
-    }
-)
-"""Settings that do not change the mathematics of a step; a resumed run may change them."""
+def resume(state: TrainState, folder: Path) -> Path | None:
+    """Put the state of the checkpoint back that ``config.resume`` asks for; tells which.
+
+    Raises:
+        CheckpointError: If none can be used, though there are some.
+        OSError: If one cannot be read for a reason that may pass: it is not passed over.
+    """
+    chosen = checkpoints_to_resume(state.config, folder)
+    for checkpoint in reversed(chosen):
+        try:
+            snapshot = load_checkpoint(checkpoint)
+            check_step(checkpoint, snapshot.state)
+            state.restore(snapshot, checkpoint)
+            return checkpoint
+        except CheckpointError as error:
+            if state.config.resume != "auto":
+                raise
+            logger.warning("passed over: %s", error)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{checkpoint} cannot be read ({error.strerror}), though it may be whole: "
+                "mend that and start again, or move it out of the folder to go on without it",
+                error.filename,
+            ) from error
+    if damaged := [path.name for path in chosen if is_ours(path)]:
+        raise CheckpointError(
+            f"none of {', '.join(damaged)} in {folder} is whole, as the log says: mend or "
+            "delete them, or choose another output_dir"
+        )
+    return None
+
+
+def take_over(state: TrainState, folder: Path, origin: Path) -> None:
+    """Make the folder that of the run as it was at the step from which it goes on.
+
+    In another folder it is another run from there on, with a copy of the best so far.
+
+    Args:
+        state: As its checkpoint had it.
+        folder: The run's own, resolved.
+        origin: The folder of the checkpoint from which the run goes on.
+    """
+    set_aside(folder, state.global_step)
+    best = None if state.best_step is None else checkpoint_path(origin, state.best_step)
+    if best is not None:
+        try:
+            snapshot = checked(best, state.run)
+        except CheckpointError as error:
+            logger.warning("the best checkpoint so far is forgotten: %s", error)
+            best = state.best_step = state.best_metric = None
+    if origin != folder:
+        state.run = new_run()
+        if best is not None:
+            copied = replace(snapshot, state={**snapshot.state, "run": state.run})
+            save_checkpoint(folder / best.name, copied)
+    others = [f.name for f in checkpoints(folder) if not is_of_run(f, state.run)]
+    if others:
+        names = ", ".join(others)
+        logger.warning("not of this run, or damaged, and left alone in %s: %s", *(folder, names))

@@ -31,7 +31,6 @@ from idefics_qlora.model.adapters import (
 from idefics_qlora.model.base import same_base
 from idefics_qlora.training.diagnostics import Coverage
 from idefics_qlora.training.optim import load_optimizer_state, lr_at, optimizer_state
-from idefics_qlora.training.resume import FREE_FIELDS
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +42,17 @@ _COUNTERS = (
     *("finished_step", "num_told"),
 )
 """Fields of ``TrainState`` that a checkpoint's JSON holds as they are."""
+
+FREE_FIELDS = frozenset(
+    {
+        *("output_dir", "resume", "save_steps", "save_total_limit", "on_save_error"),
+        *("eval_image_use", "eval_samples", "allow_dead_parts"),
+        *("on_bad_row", "logging_steps", "eval_steps", "eval_batch_size", "load_best_model_at_end"),
+        *("micro_batch_size", "gradient_checkpointing", "num_workers", "loader_timeout_s"),
+        *("max_steps", "num_train_epochs", "precision"),  # told of by ``_tell_changes``
+    }
+)
+"""Settings that do not change the mathematics of a step; a resumed run may change them."""
 
 
 def new_run() -> str:

@@ -237,7 +237,7 @@ def test_a_failing_evaluation_saves_first(lora, processor, examples, tmp_path, m
     def fails(*_):
         raise RuntimeError("the evaluation fails")
 
-    monkeypatch.setattr("idefics_qlora.training.run.mean_loss", fails)
+    monkeypatch.setattr("idefics_qlora.training.evaluations.mean_loss", fails)
     config = config_of(tmp_path, eval_steps=3, save_steps=4)
     with pytest.raises(RuntimeError, match="the evaluation fails"):
         iq.train(lora, processor, examples, examples[:2], config=config)
