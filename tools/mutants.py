@@ -313,7 +313,7 @@ MUTANTS = (
     ),
     _m(
         "a failed step leaves its random states",
-        "training/run.py",
+        "training/saving.py",
         "                restore_rng(rng, state.device)\n",
         "                pass\n",
         "training/test_failures.py::test_a_step_that_fails",
@@ -327,14 +327,14 @@ MUTANTS = (
     ),
     _m(
         "the search for an overflow leaves its random states",
-        "training/run.py",
+        "training/overflow.py",
         "            restore_rng(rng, state.device)\n        if",
         "            pass\n        if",
         "training/test_faults.py::test_the_search_for_an_overflow_changes_nothing",
     ),
     _m(
         "the search for an overflow draws other dropout masks",
-        "training/run.py",
+        "training/overflow.py",
         "        restore_rng(state.window_rng, state.device)\n        try",
         "        try",
         "training/test_faults.py::test_the_search_for_an_overflow_changes_nothing",
@@ -494,7 +494,7 @@ MUTANTS = (
     ),
     _m(
         "the worst checkpoint is the best",
-        "training/run.py",
+        "training/saving.py",
         "eval_loss < best_metric",
         "eval_loss != best_metric",
         "training/test_loop.py::test_the_best_is_loaded_and_never_deleted",
@@ -508,7 +508,7 @@ MUTANTS = (
     ),
     _m(
         "the best checkpoint is deleted",
-        "training/run.py",
+        "training/saving.py",
         "protected = {state.global_step, state.best_step}",
         "protected = {state.global_step}",
         "training/test_loop.py::test_the_best_is_loaded_and_never_deleted",
@@ -539,7 +539,7 @@ MUTANTS = (
     _m(
         "a stopped run is not saved",
         "training/loop.py",
-        "            if stop.received is not None:\n                run.save_if_new()\n",
+        "            if stop.received is not None:\n                run.saving.save_if_new()\n",
         "",
         "training/test_faults.py::test_a_signal_saves_and_returns",
     ),
@@ -666,8 +666,8 @@ MUTANTS = (
     ),
     _m(
         "checkpoints of later steps stay when a run goes back",
-        "training/run.py",
-        "        set_aside(self.folder, state.global_step)\n",
+        "training/resume.py",
+        "    set_aside(folder, state.global_step)\n",
         "",
         "training/test_resume.py::test_a_path_goes_back",
     ),
