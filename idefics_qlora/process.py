@@ -1,4 +1,4 @@
-"""What can go wrong while training: signals, values that are not finite, a folder in use.
+"""What can go wrong while training: signals, and a folder in use.
 
 Nothing here knows the loop; it asks these objects and decides.
 """

@@ -99,7 +99,7 @@ def train(
             if state.finished_step < state.global_step:  # the run broke off while it did this
                 finish_step(run)
             while state.global_step < state.total_steps and stop.received is None:
-                window = run.next_window(windows)
+                window = run.next_window(windows)  # read ahead by workers: data/windows.py
                 try:
                     output = train_step(state, window)
                 except Exception as error:
