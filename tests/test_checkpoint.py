@@ -101,6 +101,25 @@ def test_damage_is_found_and_passed_over(tmp_path, name, damage, caplog):
     assert "checkpoint-2" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
+)
+def test_an_altered_file_that_can_be_read_is_found(tmp_path, name):
+    """Another number in a tensor or in the state is damage, though size and form are as before."""
+    save_checkpoint(tmp_path, 1)
+    folder = save_checkpoint(tmp_path, 2)
+    content = bytearray((folder / name).read_bytes())
+    if name == "state.json":
+        content = content.replace(b'"window": 2', b'"window": 3')
+    else:
+        content[-1] ^= 1  # of the last tensor
+    assert content != (folder / name).read_bytes()
+    (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"checkpoint-2/{name} was altered"):
+        load_checkpoint(folder)
+    assert iq.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
 def test_no_checkpoint_is_none(tmp_path):
     """An empty or missing folder has no checkpoint."""
     assert iq.latest_checkpoint(tmp_path) is None

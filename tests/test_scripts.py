@@ -103,6 +103,7 @@ def test_the_tutorials_numbers_are_the_defaults():
     assert {name: options[name] for name in recipe} == recipe
 
 
+@pytest.mark.slow
 def test_the_quickstart_tells_what_was_not_learnt(tmp_path, monkeypatch, capsys):
     """After two steps nothing is learnt: it says so, exits with 1 and keeps all numbers."""
     monkeypatch.setattr(quickstart, "NUM_TEST", 8)
@@ -131,6 +132,7 @@ def test_the_full_size_benchmark_at_small_size(capsys):
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.slow
 def test_the_loop_benchmark_runs(capsys):
     """Both loops train and every number comes out; how fast is no test's business."""
     summary = loop.main(["--steps", "1", "--rounds", "1", "--micro-batch-size", "8"])
@@ -139,6 +141,7 @@ def test_the_loop_benchmark_runs(capsys):
     assert summary["collator"]["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_the_diagnostics_benchmark_reports_a_share(capsys):
     """It runs small and gives the share of a run that the always-on checks take."""
     summary = diagnostics.main(["--steps", "3"])
@@ -160,6 +163,7 @@ def test_the_import_benchmark_runs(capsys, monkeypatch):
     assert re.search(r"import idefics_qlora +\d+\.\d\d s +\d+\.\d\d x torch", printed)
 
 
+@pytest.mark.slow
 def test_the_data_benchmark_runs(capsys):
     """Every way loads every kind of rows, workers too, and the memory is watched."""
     summary = data.main(

@@ -620,7 +620,7 @@ MUTANTS = (
         "checkpoint.py",
         "        if sums[name] != expected:\n",
         "        if False:\n",
-        DAMAGE,
+        "test_checkpoint.py::test_an_altered_file_that_can_be_read_is_found",
     ),
     _m(
         "files of another size are not noticed",
@@ -634,7 +634,7 @@ MUTANTS = (
         "checkpoint.py",
         "        if missing := {ADAPTER, ADAPTER_CONFIG, OPTIMIZER, RNG, STATE} - files.keys():\n",
         "        if missing := set():\n",
-        "test_checkpoint.py",
+        "test_damage.py::test_a_manifest_that_is_an_object_but_wrong",
     ),
     _m(
         "a checkpoint of another format is read",

@@ -19,7 +19,7 @@ from idefics_qlora.data.batches import IGNORE, Collator
 from idefics_qlora.data.formats import as_example
 from idefics_qlora.data.loading import Loading
 from idefics_qlora.data.rows import RowReader
-from idefics_qlora.data.windows import EvalBatches, Windows, epoch_order
+from idefics_qlora.data.windows import EvalBatches, Windows, crop_seed, epoch_order
 
 IMAGE = {"type": "image"}
 QUESTION = "Question: What's on the picture? Answer:"
@@ -408,6 +408,12 @@ def test_another_seed_gives_other_windows(processor, examples):
     """The seed decides order and crops."""
     a, b = windows(processor, examples)[0], windows(processor, examples, seed=8)[0]
     assert a.rows != b.rows
+
+
+def test_every_row_has_a_crop_of_its_own():
+    """In each epoch and run another: no two of 200 seeds are the same."""
+    seeds = {crop_seed(run, epoch, row) for run in (1, 2) for epoch in (0, 1) for row in range(50)}
+    assert len(seeds) == 200
 
 
 def test_every_epoch_is_a_permutation(processor, examples):

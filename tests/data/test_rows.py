@@ -141,6 +141,7 @@ def test_a_stream_gives_its_rows_in_order(processor, examples):
             assert torch.equal(a.batch.vision.pixel_values, b.batch.vision.pixel_values)
 
 
+@pytest.mark.slow
 def test_a_run_over_a_stream_resumes_exactly(base, processor, examples, tmp_path):
     """Interrupted at any step, also behind an epoch's end, it ends with the untouched adapter."""
 

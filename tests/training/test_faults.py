@@ -88,6 +88,7 @@ def victim(tmp_path_factory):
     victim.process.stdout.close()
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(victim, pytestconfig):
     """kill -9 at random moments and at random file operations: each restart goes on, none finds a
     corrupt checkpoint, and the end is the untouched run's to the bit."""
@@ -113,6 +114,7 @@ def test_killed_again_and_again(victim, pytestconfig):
         runs += 1
 
 
+@pytest.mark.slow
 def test_each_file_operation_of_a_save(victim, pytestconfig):
     """Killed before every single file operation of a save and its rotation, one after the other."""
     operations = victim.report("whole")["operations"]
@@ -129,6 +131,7 @@ def test_each_file_operation_of_a_save(victim, pytestconfig):
         assert same(victim.end(run), victim.end("whole"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(victim, pytestconfig):
     """ENOSPC at each operation that writes a checkpoint: the run stops and says so, what was saved
     before is whole, and with room again it ends like the untouched run."""
@@ -146,6 +149,7 @@ def test_a_full_disk_loses_nothing(victim, pytestconfig):
         assert same(victim.end(run), victim.end("whole"))
 
 
+@pytest.mark.slow
 def test_a_deletion_that_fails_does_not_stop_the_run(victim):
     """An old checkpoint that cannot be deleted stays, is named, and the end is the same."""
     operations = victim.report("whole")["operations"]
@@ -157,6 +161,7 @@ def test_a_deletion_that_fails_does_not_stop_the_run(victim):
     assert same(victim.end("kept"), victim.end("whole"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_need_not_stop_the_run(victim):
     """With on_save_error="continue" training goes on, and the next save that works is whole."""
     full = [f"os.mkdir .checkpoint-{step}.incomplete" for step in (3, 4)]
@@ -169,6 +174,7 @@ def test_a_full_disk_need_not_stop_the_run(victim):
     assert same(victim.end("continue"), victim.end("whole"))
 
 
+@pytest.mark.slow
 def test_a_write_that_breaks_off(victim):
     """The kernel ends a write in the middle of a file: an error, and no torn checkpoint."""
     assert victim.train("short", file_size_limit=20_000) == 1
@@ -258,6 +264,7 @@ def test_ignored_signals_stay_ignored():
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_the_scripts_exit_with_128_plus_the_signal(tmp_path):
     """A scheduler sees why the tutorial's script ended, though the whole process group was told."""
     iq.tiny.creature_cards(12, seed=0, directory=tmp_path / "pictures")

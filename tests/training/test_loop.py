@@ -67,6 +67,7 @@ def snapshot(model):
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.slow
 def test_parity_with_hugging_face_trainer(base, processor, examples, tmp_path):
     """Eight steps of our loop and of Trainer give the same adapters to the bit."""
     from transformers import Trainer, TrainingArguments
@@ -418,6 +419,7 @@ def test_a_run_depends_on_its_seed_alone(base, processor, examples, tmp_path):
     assert not same(ends[0], ends[2])
 
 
+@pytest.mark.slow
 def test_bf16_learns(lora, processor, examples, tmp_path):
     """The same loop without a scaler."""
     config = config_of(tmp_path, precision="bf16", learning_rate=5e-3, max_steps=8)

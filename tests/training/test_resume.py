@@ -111,6 +111,7 @@ def resumed_from(checkpoint, folder):
 
 
 @pytest.mark.parametrize("kind", ["rows", "overflowing"])
+@pytest.mark.slow
 def test_interrupted_at_every_step(base, processor, kind, request, tmp_path):
     """At each step, in mid-epoch and at its end, after skipped windows, with dropout, crops, fp16
     scaling, evaluation and the best: whole checkpoints and histories are equal."""
@@ -181,6 +182,7 @@ MIDDLE, UNSAVED, LAST = 2, 3, 4
         ("on_log of evaluation", LAST, 2),
     ],
 )
+@pytest.mark.slow
 def test_what_failed_is_made_up_for(base, processor, rows, tmp_path, where, step, times):
     """An evaluation or an on_log that fails, even again and again: after a restart what was due is
     done, so that checkpoints, histories, the best and the adapter are the undisturbed run's."""
@@ -259,6 +261,7 @@ def limit_micro_batch(model, size):
     return tried
 
 
+@pytest.mark.slow
 def test_interrupted_while_the_micro_batch_grows(base, processor, rows, tmp_path):
     """With "auto", before and after the memory has ended: the size goes on where it was, so the
     dropout masks do; started anew it would grow again and end elsewhere (the control)."""
