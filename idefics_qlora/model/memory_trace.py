@@ -230,7 +230,7 @@ def traced_forward(
             hooks.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
             hooks.append(module.register_forward_hook(recorder.leave))
     with (
-        _FusedAttentionMode(),
+        FusedAttentionMode(),
         _cuda_autocast(dtype),
         saved_tensors_hooks(recorder.pack, lambda handle: handle.tensor),
     ):
@@ -258,7 +258,7 @@ def _cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
         torch.set_autocast_dtype("cuda", before[1])
 
 
-class _FusedAttentionMode(TorchFunctionMode):
+class FusedAttentionMode(TorchFunctionMode):
     """Attention saves what the GPU's fused kernels save.
 
     PyTorch chooses the kernel by asking the GPU, and without one takes a product that saves the
@@ -274,14 +274,15 @@ class _FusedAttentionMode(TorchFunctionMode):
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        return _FusedAttention.apply(query, key, value)
+        return FusedAttention.apply(query, key, value)
 
 
-class _FusedAttention(torch.autograd.Function):
+class FusedAttention(torch.autograd.Function):
     """(B, H, T, D) each; saved are query, key, value, output, and a statistic per row in fp32."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """An output of the right shape; what is in it does not matter."""
         batch, heads, length, _ = query.shape
         output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         row_statistic = query.new_empty(batch, heads, length, dtype=torch.float32)

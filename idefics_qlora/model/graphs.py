@@ -1,0 +1,378 @@
+"""Executing a micro-batch the fast way: fused blocks, and one CUDA graph per shape.
+
+Tokens of a micro-batch lie one after the other without padding (M rows); only attention sees them
+apart (T tokens of room for each of B examples). Both are rounded up, so that shapes come again.
+
+The forward and backward pass of a micro-batch is launched once by Python and recorded as a CUDA
+graph; for every further micro-batch of that shape the graph is replayed in one launch. The first
+micro-batch of a shape runs eagerly (which loads what kernels it needs), the second is recorded and
+replayed. Both run the same kernels on the same tensors with the same random numbers: which of them
+a process happens to do changes no result.
+
+Shapes: B examples, T tokens, N images per example, M rows, R of them with a target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import IdeficsForVisionText2Text
+
+from idefics_qlora.data.batches import IGNORE, Batch
+from idefics_qlora.families.idefics import IdeficsVision
+from idefics_qlora.model import fused, lora_linear
+
+logger = logging.getLogger(__name__)
+
+MOST_GRAPHS = 64
+"""A shape that comes beyond these takes the place of the one not used for longest."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What two micro-batches that run the same graph have in common."""
+
+    examples: int
+    """B"""
+    length: int
+    """T"""
+    rows: int
+    """M"""
+    targets: int
+    """R"""
+    images: int
+    """N"""
+
+
+def shape_of(examples: int, num_tokens: int, longest: int, targets: int, images: int) -> Shape:
+    """The shape that a micro-batch is padded to, so that shapes come again.
+
+    Rows are rounded up by 3 % at most (but to multiples of 16), lengths to multiples of 32, targets
+    to quarters of the rows.
+
+    Args:
+        examples: B.
+        num_tokens: Tokens of all examples.
+        longest: Tokens of the longest.
+        targets: Rows with a target, at most.
+        images: N.
+    """
+    step = min(max(16, 2 ** (num_tokens.bit_length() - 6)), 256)
+    rows = -(-num_tokens // step) * step
+    quarter = -(-rows // 4)
+    return Shape(
+        examples,
+        -(-longest // 32) * 32,
+        rows,
+        min(-(-max(1, targets) // quarter) * quarter, rows),
+        images,
+    )
+
+
+def _vision_of(batch: Batch) -> IdeficsVision:
+    assert isinstance(batch.vision, IdeficsVision)  # see FastPath.why_not
+    return batch.vision
+
+
+@dataclass
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    loss: Tensor
+
+
+@dataclass
+class Counts:
+    """What the log can say of a run's graphs."""
+
+    graphs: int = 0
+    seconds: float = 0.0
+    """Spent recording."""
+    replayed: int = 0
+    """Micro-batches."""
+    eager: int = 0
+    """Micro-batches."""
+
+
+class FastPath:
+    """The fast execution of the micro-batches of one model. Close it when training is over.
+
+    Args:
+        model: ``peft``'s model around an IDEFICS base, its adapters fp32.
+        dtype: Autocast's dtype; fp32 for none.
+        graphs: Whether to record CUDA graphs (on a CPU nothing is recorded in any case).
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, graphs: bool = True) -> None:
+        self.model, self.dtype = model, dtype
+        self.base: Any = getattr(model, "get_base_model", lambda: model)()
+        self.device = next(model.parameters()).device
+        self.counts = Counts()
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._graphs: dict[Shape, _Graph] = {}
+        self._seen: set[Shape] = set()
+        self._pool: Any = None
+        self._stream: Any = None
+        self._facts: list[Any] = []
+        self._install()
+        self.why_eager = self._why_eager() if graphs else "they are switched off"
+        if self.device.type == "cuda":
+            lora_linear.adds_products()  # looks once, outside of any recording
+            if self.why_eager is None:
+                self._stream = torch.cuda.Stream(self.device)
+            else:
+                logger.info("micro-batches run without CUDA graphs: %s", self.why_eager)
+
+    def _install(self) -> None:
+        self.linears = lora_linear.install(self.model)
+        self.blocks = fused.install(self.model, self.linears)
+
+    @staticmethod
+    def why_not(model: nn.Module) -> str | None:
+        """Why a model cannot be trained the fast way at all; ``None`` if it can."""
+        base: Any = getattr(model, "get_base_model", lambda: model)()
+        if type(base) is not IdeficsForVisionText2Text:
+            return f"the base is a {type(base).__name__}"
+        if base.config._attn_implementation != "sdpa":
+            return f"attention is {base.config._attn_implementation!r}"
+        reason = fused.why_not_embedding(base.model.embed_tokens)
+        return reason or fused.why_not_head(base.lm_head)
+
+    def _why_eager(self) -> str | None:
+        if self.device.type != "cuda":
+            return "not on a CUDA GPU"
+        if any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
+            return "activations are recomputed"
+        for name, module in self.model.named_modules():
+            if lora_linear.has_hooks(module):
+                return f"{name} has hooks"
+            if hasattr(module, "_hf_hook"):
+                return f"{name} is dispatched by accelerate"
+        return None
+
+    def close(self) -> None:
+        """Free the graphs and give every layer its own forward back."""
+        self.free_graphs()
+        self.blocks.uninstall()
+        self.linears.uninstall()
+
+    def free_graphs(self) -> None:
+        """Give the memory of all graphs back; shapes are recorded anew when they come again."""
+        for graph in self._graphs.values():
+            graph.graph.reset()
+        self._graphs.clear()
+        self._pool = None
+        if self.device.type == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()  # that of the graphs' stream lies in their pool
+            torch.cuda.empty_cache()
+
+    def begin_window(self) -> None:
+        """Take over the present values of the adapter: before the first micro-batch of a window.
+
+        Graphs add to the ``.grad`` that is there now: zero it, do not set it to ``None``.
+        """
+        if not self.linears.is_current:
+            logger.info("the adapter's layers were changed: the fast path is set up anew")
+            self.free_graphs()
+            self.blocks.uninstall()
+            self.linears.uninstall()
+            self._install()
+        self.linears.refresh(self.dtype)
+        if self.why_eager is not None:
+            return
+        facts: list[Any] = [group.training for group in self.linears.used()]
+        for parameter in self.parameters:
+            if parameter.grad is None:  # a graph must not allocate what outlives it
+                parameter.grad = torch.zeros_like(parameter)
+            facts += [parameter.data_ptr(), parameter.grad.data_ptr()]
+        if self._graphs and facts != self._facts:
+            self.free_graphs()  # they would read and write what is elsewhere now
+        self._facts = facts
+
+    def micro_batch_backward(
+        self,
+        batch: Batch,
+        num_targets: int,
+        *,
+        lengths: Sequence[int],
+        scale: Tensor | None = None,
+        micro_targets: int | None = None,
+    ) -> Tensor:
+        """Forward and backward of a micro-batch; its gradient is added to the ``.grad`` there is.
+
+        Args:
+            batch: On the device of the model, padded on the right.
+            num_targets: Target tokens of the whole window, which the loss is divided by.
+            lengths: Tokens of each example of the micro-batch.
+            scale: The gradient scaler's scale, fp32, on the device; ``None``: 1.
+            micro_targets: Target tokens of this micro-batch, where the caller knows the number
+                without waiting for the GPU; the head then computes few others.
+
+        Returns:
+            Its part of the window's loss, fp32, on the device, not scaled.
+
+        Raises:
+            torch.OutOfMemoryError: If the memory does not suffice; the graphs are freed, and
+                ``.grad`` may hold a part of the gradient.
+        """
+        vision = _vision_of(batch)
+        tokens, longest, images = sum(lengths), max(lengths), vision.pixel_values.shape[1]
+        if batch.labels.is_cuda:
+            targets = tokens if micro_targets is None else micro_targets
+            shape = shape_of(len(lengths), tokens, longest, targets, images)
+        else:  # nothing comes again: as it is
+            targets = int((batch.labels[:, 1:] != IGNORE).sum())
+            shape = Shape(len(lengths), longest, tokens, max(1, targets), images)
+        try:
+            inputs = self._inputs(batch, shape, num_targets, scale)
+            if self.why_eager is None:
+                return self._with_graph(shape, inputs)
+            return self._eagerly(shape, inputs)
+        except torch.OutOfMemoryError:
+            self.free_graphs()
+            raise
+
+    # --- inputs ----------------------------------------------------------------------------------
+
+    def _inputs(
+        self, batch: Batch, shape: Shape, num_targets: int, scale: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The tensors of a micro-batch at their padded sizes, made without a sync."""
+        vision = _vision_of(batch)
+        padding = shape.length - batch.input_ids.shape[1]
+        is_token = F.pad(batch.attention_mask, (0, padding)).bool()
+        packing = fused.Packing.of(is_token, shape.rows)
+        slots = packing.slot_of.clamp(min=0)
+        input_ids = F.pad(batch.input_ids, (0, padding)).flatten()[slots]
+        labels = F.pad(batch.labels[:, 1:], (0, padding + 1), value=IGNORE).flatten()[slots]
+        labels = labels.masked_fill(packing.slot_of < 0, IGNORE)  # (M,)
+        # Rows with a target first, in their order; then others, without loss.
+        rows = torch.argsort((labels == IGNORE).to(torch.uint8), stable=True)[: shape.targets]
+        factor = torch.full((1,), 1 / num_targets, dtype=torch.float32, device=labels.device)
+        return {
+            "input_ids": input_ids,
+            "slot_of": packing.slot_of,
+            "row_at": packing.row_at,
+            "image_mask": F.pad(vision.image_attention_mask, (0, 0, 0, padding)),
+            "pixels": vision.pixel_values,
+            "rows": rows,
+            "labels": labels[rows],
+            "factor": factor,
+            "scale": torch.ones_like(factor) if scale is None else scale.reshape(1).float(),
+            "pixel_mean": vision.pixel_mean,
+            "pixel_std": vision.pixel_std,
+            "seed": self.linears.draw_seed(),
+        }
+
+    # --- the passes ------------------------------------------------------------------------------
+
+    def _pass(self, shape: Shape, inputs: dict[str, Tensor]) -> Tensor:
+        """The forward and backward pass; nothing in it waits for the GPU."""
+        base = self.base
+        self.linears.seed = inputs["seed"]
+        autocast = torch.autocast(
+            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32,
+            cache_enabled=False,
+        )  # fmt: skip
+        packing = fused.Packing(shape.examples, shape.length, inputs["slot_of"], inputs["row_at"])
+        with (
+            self.linears.active(accumulate=True),
+            self.blocks.active(packing, shape.images),
+            autocast,
+        ):
+            pixels = inputs["pixels"].float()
+            pixels -= inputs["pixel_mean"].view(3, 1, 1)
+            pixels /= inputs["pixel_std"].view(3, 1, 1)
+            pixels *= inputs["image_mask"].any(dim=1)[:, :, None, None, None]
+            embeddings = fused.embed(base.model.embed_tokens, inputs["input_ids"])
+            hidden = fused.hidden_states(
+                base, self.blocks, embeddings, pixels, inputs["image_mask"]
+            )
+            loss = fused.target_loss(hidden, inputs["rows"], base.lm_head, inputs["labels"])
+            loss = loss * inputs["factor"][0]
+            (loss * inputs["scale"][0]).backward()
+        return loss.detach()
+
+    def _eagerly(self, shape: Shape, inputs: dict[str, Tensor]) -> Tensor:
+        self.counts.eager += 1
+        if self._stream is None:
+            return self._pass(shape, inputs)
+        # On the stream and in the memory of the graphs: it would be held twice otherwise. The
+        # backward pass has to run in this thread for it, whose allocations alone go there.
+        if self._pool is None:
+            self._pool = torch.cuda.MemPool()
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with (
+            torch.cuda.stream(self._stream),
+            torch.cuda.use_mem_pool(self._pool),
+            torch.autograd.set_multithreading_enabled(False),
+        ):
+            loss = self._pass(shape, inputs)
+        current.wait_stream(self._stream)
+        return loss.clone()
+
+    def _with_graph(self, shape: Shape, inputs: dict[str, Tensor]) -> Tensor:
+        graph = self._graphs.pop(shape, None)
+        if graph is None:
+            if shape not in self._seen:
+                self._seen.add(shape)
+                return self._eagerly(shape, inputs)
+            if len(self._graphs) >= MOST_GRAPHS:
+                self._graphs.pop(next(iter(self._graphs))).graph.reset()
+            graph = self._record(shape, inputs)
+            if graph is None:
+                return self._eagerly(shape, inputs)
+        self._graphs[shape] = graph  # the last is the one used last
+        for name, target in graph.inputs.items():
+            target.copy_(inputs[name])
+        graph.graph.replay()
+        self.counts.replayed += 1
+        return graph.loss.clone()
+
+    def _record(self, shape: Shape, inputs: dict[str, Tensor]) -> _Graph | None:
+        started = time.perf_counter()
+        generator = torch.cuda.default_generators[self.device.index or 0]
+        before = generator.clone_state()
+        static = {name: tensor.clone() for name, tensor in inputs.items()}
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.MemPool()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream):
+                loss = self._pass(shape, static)
+        except Exception as error:
+            # A recording that breaks off leaves generator and allocator believing it goes on.
+            generator.graphsafe_set_state(before)
+            with contextlib.suppress(Exception):
+                torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool.id)
+            causes: list[BaseException] = [error]  # its end raises once more
+            while causes[-1].__context__ is not None:
+                causes.append(causes[-1].__context__)
+            for cause in causes:
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from None
+            first = str(causes[-1]).splitlines()[0]
+            self.why_eager = f"recording failed ({first})"
+            logger.warning("micro-batches run without CUDA graphs: %s", self.why_eager)
+            self._stream = None
+            self.free_graphs()
+            return None
+        seconds = time.perf_counter() - started
+        self.counts.graphs += 1
+        self.counts.seconds += seconds
+        logger.info(
+            "recorded a CUDA graph for %d examples with %d tokens and %d images each in %.1f s "
+            "(%d so far, %.1f s)",
+            *(shape.examples, shape.rows, shape.images, seconds),
+            *(self.counts.graphs, self.counts.seconds),
+        )
+        return _Graph(graph, static, loss)

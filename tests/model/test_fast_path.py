@@ -1,0 +1,352 @@
+"""The fast execution of a micro-batch: the same loss and gradient as the model's own way."""
+
+import copy
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from micro_batches import QKV, a_batch, adapted, check_equal, gradient, lengths_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import idefics_qlora as iq
+from idefics_qlora.model import fused
+from idefics_qlora.model.graphs import FastPath, Shape, shape_of
+from idefics_qlora.model.loss import summed_cross_entropy
+from idefics_qlora.model.precision import DTYPES, autocast, set_compute_dtype
+
+CPU = torch.device("cpu")
+
+
+def slow(model, batch, precision="fp32", num_targets=None):
+    """Loss and gradient as the loop of 0.1 computes them."""
+    model.zero_grad()
+    with autocast(CPU, DTYPES[precision]):
+        logits = model(**batch.inputs(), use_cache=False).logits
+    loss = summed_cross_entropy(logits, batch.labels) / (num_targets or batch.num_targets)
+    loss.backward()
+    return loss.detach(), gradient(model)
+
+
+def fast(path, batch, num_targets=None):
+    path.model.zero_grad()
+    path.begin_window()
+    number = num_targets or batch.num_targets
+    loss = path.micro_batch_backward(batch, number, lengths=lengths_of(batch))
+    return loss, gradient(path.model)
+
+
+@pytest.fixture
+def batch(processor, cards):
+    return a_batch(processor, cards[:4])
+
+
+def test_loss_and_gradient_are_the_models_own(base, batch):
+    """Without dropout, micro-batches of different lengths give 0.1's loss and gradient."""
+    model = adapted(base)
+    expected = slow(model, batch)
+    path = FastPath(model, torch.float32)
+    assert not path.blocks.others
+    assert not path.linears.others
+    check_equal(fast(path, batch), expected, 3e-5)
+    path.close()
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.05), ("bf16", 0.2)])
+def test_in_16_bits_it_is_as_exact_as_they_are(base, batch, precision, tolerance):
+    """Loss and gradient are those in fp32 of the same weights, to rounding."""
+    model = adapted(base, precision=precision)
+    path = FastPath(model, DTYPES[precision])
+    loss, grad = fast(path, batch)
+    path.close()
+    set_compute_dtype(model, torch.float32)  # of the same, rounded, weights
+    exact_loss, exact = slow(model, batch)
+    torch.testing.assert_close(loss, exact_loss, rtol=tolerance / 20, atol=0)
+    assert (grad - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("case", ["two images", "one example", "no image"])
+def test_other_batches(base, processor, cards, case):
+    """Several images per example, a single one, and none at all."""
+    number = 1 if case == "one example" else 3
+    batch = a_batch(processor, cards[:number], images=2 if case == "two images" else 1)
+    if case == "no image":
+        vision = batch.vision
+        nothing = {
+            name: torch.zeros_like(getattr(vision, name))
+            for name in ("image_attention_mask", "pixel_values")
+        }
+        batch = replace(batch, vision=replace(vision, **nothing))
+    model = adapted(base)
+    expected = slow(model, batch)
+    path = FastPath(model, torch.float32)
+    check_equal(fast(path, batch), expected, 3e-5)
+    path.close()
+
+
+def test_micro_batches_add_up(base, processor, cards):
+    """Parts of a window add up to the whole of it, as they do the slow way."""
+    batch = a_batch(processor, cards[:4])
+    lengths = lengths_of(batch)
+    model = adapted(base)
+    path = FastPath(model, torch.float32)
+    whole = fast(path, batch)
+    model.zero_grad()
+    path.begin_window()
+    loss = torch.zeros(())
+    for start in (0, 2):
+        part = batch.part(slice(start, start + 2), lengths[start], 1)
+        number = batch.num_targets
+        loss += path.micro_batch_backward(part, number, lengths=lengths[start : start + 2])
+    check_equal((loss, gradient(model)), whole, 3e-5)
+    path.close()
+
+
+def test_the_scale_is_in_the_gradient_and_not_in_the_loss(base, batch):
+    """A scaler's scale multiplies the gradient alone."""
+    model = adapted(base)
+    path = FastPath(model, torch.float32)
+    loss, once = fast(path, batch)
+    model.zero_grad()
+    again = path.micro_batch_backward(
+        batch, batch.num_targets, lengths=lengths_of(batch), scale=torch.tensor(64.0)
+    )
+    assert torch.equal(loss, again)
+    torch.testing.assert_close(gradient(model), 64 * once)
+    path.close()
+
+
+def with_dora(base):
+    return adapted(base, use_dora=True, target_modules=["q_proj"])
+
+
+def with_a_trained_norm(base):
+    return adapted(base, modules_to_save=["layer_norm1"])
+
+
+def with_a_hook(base):
+    model = adapted(base)
+    layers = model.get_base_model().model.layers
+    layers[0].mlp.register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_lora_everywhere(base):
+    everywhere = [*QKV, "o_proj", "out_proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj"]
+    return adapted(base, target_modules=everywhere)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (with_dora, "DoraLinearVariant"),
+        (with_a_trained_norm, "ModulesToSaveWrapper"),
+        (with_a_hook, "hooks on its mlp"),
+        (with_lora_everywhere, None),
+    ],
+)
+def test_blocks_that_are_not_known_run_their_own_way(base, batch, make, reason):
+    """DoRA, trained norms, hooks: these blocks are the model's own, with the same result."""
+    model = make(base)
+    expected = slow(model, batch)
+    path = FastPath(model, torch.float32)
+    if reason is None:
+        assert not path.blocks.others
+    else:
+        assert reason in path.blocks.report()
+        assert path.blocks.blocks  # the others are fused
+    check_equal(fast(path, batch), expected, 3e-5)
+    path.close()
+
+
+def test_dropout_follows_from_the_generator(base, batch):
+    """The same random state gives the same masks; the next micro-batch has others."""
+    model = adapted(base, dropout=0.2)
+    path = FastPath(model, torch.float32)
+    torch.manual_seed(1)
+    first, second = fast(path, batch), fast(path, batch)
+    torch.manual_seed(1)
+    again = fast(path, batch)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], second[1])
+    path.close()
+
+
+def test_outside_of_a_pass_the_model_is_its_own(base, batch):
+    """Evaluation and generation between micro-batches take the model's own code, to the bit."""
+    model = adapted(base)
+    model.eval()
+    with torch.no_grad():
+        before = model(**batch.inputs(), use_cache=False).logits
+        model.train()
+        path = FastPath(model, torch.float32)
+        fast_loss = fast  # a pass in between
+    fast_loss(path, batch)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**batch.inputs(), use_cache=False).logits, before)
+    path.close()
+    assert all("forward" not in m.__dict__ or hasattr(m, "weight") for m in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model(**batch.inputs(), use_cache=False).logits, before)
+
+
+def test_a_copy_of_the_model_is_a_model_of_its_own(base, batch):
+    """A deep copy made while the fast path is there neither uses nor changes the first one's."""
+    model = adapted(base)
+    path = FastPath(model, torch.float32)
+    loss, _ = fast(path, batch)
+    twin = copy.deepcopy(model)
+    for name, parameter in twin.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    with torch.no_grad():
+        logits = twin(**batch.inputs(), use_cache=False).logits
+    assert not torch.isclose(summed_cross_entropy(logits, batch.labels) / batch.num_targets, loss)
+    assert torch.equal(fast(path, batch)[0], loss)
+    path.close()
+
+
+def test_a_changed_adapter_is_taken_as_it_is_now(base, batch):
+    """What is merged or switched off between two windows is so in the next."""
+    model = adapted(base)
+    path = FastPath(model, torch.float32)
+    fast(path, batch)
+    for layer in model.modules():
+        if hasattr(layer, "set_scale"):
+            layer.set_scale("default", 0.5)
+    expected = slow(model, batch)
+    check_equal(fast(path, batch), expected, 3e-5)
+    path.close()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_data(base, batch):
+    """A pass asks for no value and makes no tensor whose size depends on values: it could be
+    recorded, and a GPU would not be waited for."""
+    model = adapted(base, dropout=0.1, precision="bf16")
+    path = FastPath(model, torch.bfloat16)
+    path.begin_window()
+    shape = shape_of(4, sum(lengths_of(batch)), max(lengths_of(batch)), 64, 1)
+    inputs = path._inputs(batch, shape, 10, None)
+    with Operations() as ours:
+        path._pass(shape, inputs)
+    waiting = {"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero"}
+    assert not waiting & set(ours.names)
+    path.close()
+    with Operations() as before:
+        slow(model, batch, "bf16")
+    assert len(ours.names) < len(before.names)  # by far fewer where Triton runs
+
+
+def test_shapes_come_again():
+    """Rounding up makes shapes few and adds at most 16 rows or 3.2 %."""
+    shapes = set()
+    for tokens in range(64, 8000):
+        shape = shape_of(16, tokens, 97, tokens // 2, 1)
+        assert 0 <= shape.rows - tokens < max(16, 0.033 * tokens)
+        assert shape.length == 128
+        assert tokens // 2 <= shape.targets <= shape.rows
+        shapes.add(shape)
+    assert len(shapes) < 400
+    assert shape_of(16, 16 * 97, 97, 1100, 1) == Shape(16, 128, 1568, 1176, 1)
+
+
+def test_packing_leads_to_slots_and_back():
+    """Each token has its row, in order; padding and rows without a token are zero."""
+    is_token = torch.arange(6) < torch.tensor([[5], [1], [3]])
+    packing = fused.Packing.of(is_token, rows=12)
+    assert packing.slot_of.tolist() == [0, 1, 2, 3, 4, 6, 12, 13, 14, -1, -1, -1]
+    values = torch.randn(12, 2, requires_grad=True)
+    slots = packing.slots(values)
+    assert torch.equal(slots.view(3, 6, 2)[2, :3], values[6:9])
+    assert (slots.view(3, 6, 2)[1, 1:] == 0).all()
+    back = packing.rows(slots)
+    assert torch.equal(back[:9], values[:9])
+    assert (back[9:] == 0).all()
+    back.sum().backward()
+    assert torch.equal(values.grad, torch.cat([torch.ones(9, 2), torch.zeros(3, 2)]))
+
+
+def test_rows_that_are_no_token_change_nothing(base, batch):
+    """A micro-batch rounded up to a shape has the loss and gradient of the one that is not."""
+    model = adapted(base)
+    path = FastPath(model, torch.float32)
+    exact = fast(path, batch)
+    lengths = lengths_of(batch)
+    shape = shape_of(4, sum(lengths), max(lengths), sum(lengths), 1)
+    assert shape.rows > sum(lengths)
+    assert shape.length > max(lengths)
+    model.zero_grad()
+    loss = path._pass(shape, path._inputs(batch, shape, batch.num_targets, None))
+    check_equal((loss, gradient(model)), exact, 3e-5)
+    path.close()
+
+
+def test_which_models_can_be_trained_the_fast_way(base):
+    """Trained embeddings or head, and other attention, are told."""
+    model = adapted(base)
+    assert FastPath.why_not(model) is None
+    inner = model.get_base_model()
+    inner.config._attn_implementation = "eager"
+    assert FastPath.why_not(model) == "attention is 'eager'"
+    inner.config._attn_implementation = "sdpa"
+    inner.lm_head.weight.requires_grad_(True)
+    assert FastPath.why_not(model) == "the head is trained"
+    inner.model.embed_tokens.weight.requires_grad_(True)
+    assert FastPath.why_not(model) == "the embedding is trained"
+
+
+def test_embedding_is_the_models_own(base):
+    """Usual and additional token ids are looked up as the model does it."""
+    embedding = base.model.embed_tokens
+    total = embedding.num_embeddings + embedding.num_additional_embeddings
+    ids = torch.tensor([[0, 5, total - 1, embedding.num_embeddings, 7]])
+    assert torch.equal(fused.embed(embedding, ids), embedding(ids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["kernels_by_interpreter.py", "pass_by_interpreter.py"])
+def test_triton_kernels_by_the_interpreter(script):
+    """Every Triton kernel does what PyTorch's operations do, alone and in a whole pass."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(iq.__file__).parents[1])
+    file = Path(__file__).with_name(script)
+    result = subprocess.run(
+        [sys.executable, file], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "equal" in result.stdout
+
+
+def test_a_graph_of_the_same_parameters_is_not_touched(base, batch):
+    """Autograd's nodes for the parameters, which another pass may hold on its own stream, are no
+    part of a pass that adds its gradients directly."""
+    model = adapted(base)
+    path = FastPath(model, torch.float32)
+    fast(path, batch)  # now there is a .grad to add to
+    called = []
+    hooks = [p.register_hook(called.append) for p in model.parameters() if p.requires_grad]
+    once = gradient(model)
+    path.micro_batch_backward(batch, batch.num_targets, lengths=lengths_of(batch))
+    torch.testing.assert_close(gradient(model), 2 * once)
+    assert not called
+    for hook in hooks:
+        hook.remove()
+    path.close()
