@@ -1,6 +1,6 @@
 """What goes on around the loop: windows coming in, the log, evaluations, checkpoints, the result.
 
-The loop itself is in ``training.py``; a :class:`Run` does for it all that is no mathematics.
+The loop itself is in ``loop.py``; a :class:`Run` does for it all that is no mathematics.
 """
 
 from __future__ import annotations
