@@ -33,7 +33,7 @@ from idefics_qlora.checkpoint import (
     save_checkpoint,
 )
 from idefics_qlora.machine import library_versions
-from idefics_qlora.training.state import rng_tensors
+from idefics_qlora.training.parts import rng_tensors
 
 RANK = 16
 RUN = "benchmark"

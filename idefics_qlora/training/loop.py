@@ -34,9 +34,10 @@ from idefics_qlora.process import RunLock, StopSignals, guarded_children, seeded
 from idefics_qlora.training.diagnostics import check_coverage, gradient_coverage
 from idefics_qlora.training.inputs import check_inputs
 from idefics_qlora.training.optim import lr_at, reserve_update
+from idefics_qlora.training.parts import restore_rng, rng_tensors
 from idefics_qlora.training.result import TrainResult
 from idefics_qlora.training.run import Run
-from idefics_qlora.training.state import TrainState, restore_rng, rng_tensors
+from idefics_qlora.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from idefics_qlora.checkpoint import checkpoints
 from idefics_qlora.data.batches import Batch, Window
 from idefics_qlora.model.precision import DTYPES, autocast
 from idefics_qlora.training.divergence import Divergence, divergence
+from idefics_qlora.training.parts import restore_rng, rng_tensors
 from idefics_qlora.training.saving import Saving
-from idefics_qlora.training.state import TrainState, restore_rng, rng_tensors
+from idefics_qlora.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,9 @@ from idefics_qlora.data.batches import Window
 from idefics_qlora.files import CheckpointError
 from idefics_qlora.model.adapters import load_adapter
 from idefics_qlora.process import StopSignals
+from idefics_qlora.training.parts import restore_rng
 from idefics_qlora.training.result import Clock
-from idefics_qlora.training.state import TrainState, restore_rng
+from idefics_qlora.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn import Parameter
 
 from idefics_qlora.checkpoint import Snapshot, checkpoint_path, step_of
 from idefics_qlora.config import TrainConfig
@@ -22,26 +20,21 @@ from idefics_qlora.data.batches import Window
 from idefics_qlora.data.fingerprints import Fingerprint
 from idefics_qlora.files import CheckpointError
 from idefics_qlora.machine import COMPUTING, environment
-from idefics_qlora.model.adapters import (
-    adapter_config,
-    adapter_tensors,
-    load_adapter,
-    trainable_parameters,
-)
+from idefics_qlora.model.adapters import adapter_config
 from idefics_qlora.model.base import same_base
 from idefics_qlora.training.diagnostics import Coverage
-from idefics_qlora.training.optim import load_optimizer_state, lr_at, optimizer_state
+from idefics_qlora.training.optim import lr_at
+from idefics_qlora.training.parts import (
+    AdapterPart,
+    Counters,
+    OptimizerPart,
+    Part,
+    RandomStatesPart,
+    ScalerPart,
+    UnloggedLossPart,
+)
 
 logger = logging.getLogger(__name__)
-
-_COUNTERS = (
-    *("global_step", "window", "skipped_windows", "skips_in_a_row"),
-    *("micro_batch_size", "growing"),
-    *("num_examples", "num_images", "num_tokens", "num_bad_rows", "position", "seconds"),
-    *("loss_sum", "unlogged_steps", "best_metric", "log_history", "first_nonfinite_module"),
-    *("finished_step", "num_told"),
-)
-"""Fields of ``TrainState`` that a checkpoint's JSON holds as they are."""
 
 FREE_FIELDS = frozenset(
     {
@@ -60,9 +53,9 @@ def new_run() -> str:
     return secrets.token_hex(8)
 
 
-@dataclass
-class TrainState:
-    """Everything that changes during a run."""
+@dataclass(kw_only=True)
+class TrainState(Counters):
+    """Everything that changes during a run; what of it must survive a restart is in ``PARTS``."""
 
     model: PeftModel
     optimizer: torch.optim.Optimizer
@@ -74,44 +67,10 @@ class TrainState:
     """The run's id, drawn at its start; all its checkpoints have it."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Fingerprints of ``base``, ``train_rows`` and ``eval_rows``."""
-    global_step: int = 0
-    """Optimizer steps done; a skipped window is none."""
-    window: int = 0
-    """Number of the next window."""
-    skipped_windows: int = 0
-    skips_in_a_row: int = 0
-    micro_batch_size: int = 1
-    """Examples in one forward and backward pass, for now."""
-    growing: bool = False
-    """Whether the micro-batch still doubles from window to window."""
-    num_examples: int = 0
-    """Examples seen."""
-    num_images: int = 0
-    """Images seen."""
-    num_tokens: int = 0
-    """Text tokens seen."""
-    num_bad_rows: int = 0
-    """Rows left out of windows, counted each time."""
-    position: dict[str, Any] | None = None
-    """Where a stream of rows is after the last window."""
-    seconds: float = 0.0
-    """Time spent training so far, in all processes of the run."""
-    loss_sum: float = 0.0
-    """Sum of the losses of all logged steps."""
     unlogged_loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     """Sum of the losses since the last log record, kept on the device."""
-    unlogged_steps: int = 0
-    best_metric: float | None = None
     best_step: int | None = None
     """Step of the saved checkpoint with the lowest ``eval_loss``."""
-    log_history: list[dict[str, Any]] = field(default_factory=list)
-    num_told: int = 0
-    """Records of the history that ``on_log`` has had."""
-    finished_step: int = 0
-    """The last step after which all that was due has been done. If it is not the last one, an
-    evaluation or ``on_log`` failed, and the step is finished after a restart."""
-    first_nonfinite_module: str | None = None
-    """Where the first overflow was, if in a forward pass."""
     coverage: Coverage | None = None
     """Which adapters the first gradient reached (of this process's part of the run)."""
     window_rng: dict[str, Tensor] = field(default_factory=dict)
@@ -138,35 +97,32 @@ class TrainState:
         self.num_tokens += sum(window.lengths)
         self.num_bad_rows += len(window.bad)
 
+    def parts(self) -> list[Part]:
+        """All that must survive a restart."""
+        return [part(self) for part in PARTS.values()]
+
     def snapshot(self, rng: dict[str, Tensor] | None = None) -> Snapshot:
         """All that :meth:`restore` needs to go on exactly here.
 
         Args:
             rng: Random states to go on with; by default the present ones.
         """
-        tensors, scalars = optimizer_state(self.optimizer, self._parameter_names())
-        best = None if self.best_step is None else checkpoint_path(Path(), self.best_step).name
-        return Snapshot(
-            adapter=adapter_tensors(self.model),
-            adapter_config=adapter_config(self.model),
-            optimizer=tensors,
-            rng=rng_tensors(self.device) if rng is None else rng,
-            state={
-                "run": self.run,
-                **{name: getattr(self, name) for name in _COUNTERS},
-                "best_checkpoint": best,
-                "unlogged_loss": self.unlogged_loss.item(),  # sync
-                "total_steps": self.total_steps,
-                "scaler": self.scaler.state_dict(),
-                "optimizer": scalars,
-                "config": self.config.to_json(),
-                **{
-                    name: value.to_json() if isinstance(value, Fingerprint) else value
-                    for name, value in self.origin.items()
-                },
-                "environment": environment(),
+        taken: dict[str, dict[str, Any]] = {}
+        for part in self.parts():
+            for where, content in part.state_dict().items():
+                taken.setdefault(where, {}).update(content)
+        if rng is not None:
+            taken["rng"] = rng
+        taken["state"] |= {
+            "total_steps": self.total_steps,
+            "config": self.config.to_json(),
+            **{
+                name: value.to_json() if isinstance(value, Fingerprint) else value
+                for name, value in self.origin.items()
             },
-        )
+            "environment": environment(),
+        }
+        return Snapshot(**taken)
 
     def restore(self, snapshot: Snapshot, source: Path) -> None:
         """Go on where :meth:`snapshot` was taken.
@@ -186,7 +142,8 @@ class TrainState:
                 + "\nContinue with the old values, or start anew in another output_dir"
             )
         with _needing_all_of(source):
-            self._put_back(snapshot, source)
+            for part in self.parts():
+                part.load_state_dict(snapshot)
             self._tell_changes(snapshot.state, source)
 
     def _differences(self, snapshot: Snapshot) -> list[str]:
@@ -214,42 +171,6 @@ class TrainState:
             same_number = there["number"] == here.number
             problems.append(f"train_rows: {'other content' if same_number else what}")
         return problems
-
-    def _put_back(self, snapshot: Snapshot, source: Path) -> None:
-        state = snapshot.state
-        has_run = "run" in state  # 0.1 had none, and kept no account of these two
-        done = {"finished_step": state["global_step"], "num_told": len(state["log_history"])}
-        state = {**done, **state}
-        if not all(record["step"] <= state["global_step"] for record in state["log_history"]):
-            raise ValueError("its history goes beyond it")
-        if state["position"] is not None:
-            _ = [state["position"][key] for key in ("epoch", "row", "stream")]
-        load_adapter(self.model, snapshot.adapter, str(source))
-        names = self._parameter_names()
-        tensors, scalars = snapshot.optimizer, state["optimizer"]
-        load_optimizer_state(self.optimizer, names, tensors, scalars, complete=has_run)
-        scaler = state["scaler"]
-        if bool(scaler) != (state["config"]["precision"] == "fp16"):
-            raise ValueError(f"scaler={scaler} with {state['config']['precision']}")
-        if scaler:
-            if not all(isinstance(value, (int, float)) for value in scaler.values()):
-                raise TypeError(f"scaler={scaler}")
-            self.scaler.load_state_dict(scaler)
-        micro_batch = self.micro_batch_size, self.growing
-        for name in _COUNTERS:
-            setattr(self, name, state[name])
-        if state["config"]["micro_batch_size"] != self.config.micro_batch_size:
-            self.micro_batch_size, self.growing = micro_batch
-        self.unlogged_loss.fill_(state["unlogged_loss"])
-        self.run = state.get("run", self.run)
-        best = state["best_checkpoint"]
-        self.best_step = None if best is None else step_of(best)
-        if (self.best_step is None) != (self.best_metric is None):
-            raise ValueError(f"best_checkpoint={best!r} with best_metric={self.best_metric!r}")
-        try:
-            restore_rng(snapshot.rng, self.device)
-        except RuntimeError as error:
-            raise ValueError(f"random states that are none: {error}") from error
 
     def _tell_changes(self, state: dict[str, Any], source: Path) -> None:
         """Tell what differs from how the checkpoint was made, though the run goes on."""
@@ -293,13 +214,6 @@ class TrainState:
             lr_at(step, then, self.config),
         )
 
-    def _parameter_names(self) -> dict[Parameter, str]:
-        # An adapter goes by peft's usual name in a checkpoint, whatever the user calls it.
-        name = re.escape(self.model.active_adapter)
-        own = re.compile(rf"(\.lora_\w+|\.modules_to_save)\.{name}(?=\.|$)")
-        trainable = trainable_parameters(self.model)
-        return {p: own.sub(r"\1.default", name) for name, p in trainable.items()}
-
 
 @contextmanager
 def _needing_all_of(source: Path) -> Iterator[None]:
@@ -313,16 +227,78 @@ def _needing_all_of(source: Path) -> Iterator[None]:
         ) from error
 
 
-def rng_tensors(device: torch.device) -> dict[str, Tensor]:
-    """States of PyTorch's generators on the CPU and on the GPU in use."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+class CountersPart:
+    """All fields of :class:`Counters`."""
+
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The fields as they are."""
+        return {"state": {f.name: getattr(self._state, f.name) for f in fields(Counters)}}
+
+    def load_state_dict(self, saved: Snapshot) -> None:
+        """Set them; a micro-batch that is set otherwise now stays as it is set."""
+        # 0.1 kept no account of these two
+        done = {
+            "finished_step": saved.state["global_step"],
+            "num_told": len(saved.state["log_history"]),
+        }
+        state = {**done, **saved.state}
+        if not all(record["step"] <= state["global_step"] for record in state["log_history"]):
+            raise ValueError("its history goes beyond it")
+        if state["position"] is not None:
+            _ = [state["position"][key] for key in ("epoch", "row", "stream")]
+        micro_batch = self._state.micro_batch_size, self._state.growing
+        for counter in fields(Counters):
+            setattr(self._state, counter.name, state[counter.name])
+        if state["config"]["micro_batch_size"] != self._state.config.micro_batch_size:
+            self._state.micro_batch_size, self._state.growing = micro_batch
 
 
-def restore_rng(states: dict[str, Tensor], device: torch.device) -> None:
-    """Put the generators into the states from :func:`rng_tensors`."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+class RunPart:
+    """The run's id."""
+
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The id."""
+        return {"state": {"run": self._state.run}}
+
+    def load_state_dict(self, saved: Snapshot) -> None:
+        """Be that run; 0.1 had no ids."""
+        self._state.run = saved.state.get("run", self._state.run)
+
+
+class BestPart:
+    """Which checkpoint is the best."""
+
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The name of its folder."""
+        step = self._state.best_step
+        best = None if step is None else checkpoint_path(Path(), step).name
+        return {"state": {"best_checkpoint": best}}
+
+    def load_state_dict(self, saved: Snapshot) -> None:
+        """Remember its step; there is one if there is a best loss."""
+        best, metric = saved.state["best_checkpoint"], saved.state["best_metric"]
+        self._state.best_step = None if best is None else step_of(best)
+        if (self._state.best_step is None) != (metric is None):
+            raise ValueError(f"best_checkpoint={best!r} with best_metric={metric!r}")
+
+
+PARTS: dict[str, Callable[[TrainState], Part]] = {
+    "run": RunPart,
+    "counters": CountersPart,
+    "best": BestPart,
+    "unlogged_loss": lambda state: UnloggedLossPart(state.unlogged_loss),
+    "scaler": lambda state: ScalerPart(state.scaler),
+    "adapter": lambda state: AdapterPart(state.model),
+    "optimizer": lambda state: OptimizerPart(state.model, state.optimizer),
+    "random states": lambda state: RandomStatesPart(state.device),
+}
+"""Every part of a run that must survive a restart, registered here and nowhere else."""

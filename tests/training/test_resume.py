@@ -13,6 +13,8 @@ import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.checkpoint import save_checkpoint as save
 from idefics_qlora.model.adapters import adapter_tensors
+from idefics_qlora.training.parts import Counters
+from idefics_qlora.training.state import PARTS, TrainState
 
 STEPS = 6
 CLOCKS = ("seconds", "data_wait_s", "eval_runtime", "eval_samples_per_second")
@@ -525,3 +527,63 @@ def test_what_no_checkpoint_would_hold_is_refused(base, processor, rows, tmp_pat
     norm.requires_grad_(True)
     with pytest.raises(ValueError, match=r"norm.weight .* is no part of the adapter"):
         iq.train(model, processor, rows, rows[:2], config=config_of(tmp_path))
+
+
+def run_of(checkpoint):
+    """The id of its run."""
+    return load_checkpoint(checkpoint).state["run"]
+
+
+class Forgetful:
+    """A part that is taken down, but not put back."""
+
+    def __init__(self, part):
+        self.state_dict = part.state_dict
+
+    def load_state_dict(self, saved):
+        pass
+
+
+FIVE_STEPS = {"max_steps": 5, "eval_steps": 3, "load_best_model_at_end": False}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder for the whole run below, which is made once."""
+    return tmp_path_factory.mktemp("shared") / "whole"
+
+
+@pytest.fixture
+def five_steps(base, processor, overflowing, shared):
+    """A whole run's checkpoints: a window overflowed before the third, which is the best so far."""
+    if not shared.exists():
+        run(base, processor, overflowing, config_of(shared, **FIVE_STEPS))
+    return shared
+
+
+@pytest.mark.parametrize("forgotten", [None, *PARTS])
+def test_no_part_can_be_left_out(
+    base, processor, overflowing, five_steps, forgotten, tmp_path, monkeypatch
+):
+    """Whichever part a restart forgets, the run becomes another one; only whole it is the same."""
+    if forgotten is not None:
+        make = PARTS[forgotten]
+        monkeypatch.setitem(PARTS, forgotten, lambda state: Forgetful(make(state)))
+    folder = resumed_from(five_steps / "checkpoint-3", tmp_path / "run")
+    run(base, processor, overflowing, config_of(folder, **FIVE_STEPS), seed=1)
+    found = []
+    for name in ("checkpoint-4", "checkpoint-5"):
+        whole, resumed = five_steps / name, folder / name
+        found += differences(whole, resumed)
+        found += ["run"] * (run_of(whole) != run_of(resumed))
+    assert bool(found) == (forgotten is not None)
+
+
+def test_every_field_of_a_state_has_its_place():
+    """A new field is a counter, or somebody has decided what becomes of it."""
+    fields = {field.name for field in dataclasses.fields(TrainState)}
+    counters = {field.name for field in dataclasses.fields(Counters)}
+    in_other_parts = {"run", "best_step", "unlogged_loss", "scaler", "model", "optimizer", "device"}
+    compared = {"config", "total_steps", "origin"}
+    of_one_process = {"coverage", "window_rng", "half_updated"}
+    assert fields - counters == in_other_parts | compared | of_one_process
