@@ -72,6 +72,11 @@ _INSIDE = {
 """Keys of some of its objects."""
 _MAY_HAVE = {"run": str, "finished_step": int, "num_told": int}
 """What that of 0.1 does not have."""
+_COUNTS = (
+    *("global_step", "window", "skipped_windows", "skips_in_a_row", "unlogged_steps"),
+    *("num_examples", "num_images", "num_tokens", "num_bad_rows", "finished_step", "num_told"),
+)
+"""What cannot be negative."""
 
 
 def resolved(folder: str | os.PathLike[str]) -> Path:
@@ -174,6 +179,20 @@ def load_checkpoint(folder: Path) -> Snapshot:
         if name not in state or not isinstance(state[name], kind):
             what = f"a {type(state[name]).__name__} as" if name in state else "no"
             raise CheckpointError(f"{folder / STATE} cannot be used: it has {what} {name!r}")
+    counts = {name: state[name] for name in _COUNTS if name in state}
+    if negative := [f"{name}={count}" for name, count in counts.items() if count < 0]:
+        raise CheckpointError(f"{folder / STATE} cannot be used: it has {', '.join(negative)}")
+    if state["micro_batch_size"] < 1:
+        raise CheckpointError(
+            f"{folder / STATE} cannot be used: it has micro_batch_size={state['micro_batch_size']}"
+        )
+    for name, most in (
+        ("finished_step", state["global_step"]), ("num_told", len(state["log_history"]))
+    ):  # fmt: skip
+        if state.get(name, 0) > most:
+            raise CheckpointError(
+                f"{folder / STATE} cannot be used: it has {name}={state[name]}, beyond {most}"
+            )
     for name, keys in _INSIDE.items():
         if missing := sorted(keys - state[name].keys()):
             raise CheckpointError(f"{folder / STATE} cannot be used: {name!r} lacks {missing}")

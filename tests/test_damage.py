@@ -417,3 +417,19 @@ def test_a_lock_that_is_no_file(train, run, kind):
     THINGS[kind](run / ".lock")
     with pytest.raises(OSError, match=r"cannot be written to .*: delete .*\.lock, which is no"):
         train(run, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("micro_batch_size", 0), ("window", -1), ("unlogged_steps", -1), ("num_told", 9),
+        ("num_told", -5), ("finished_step", 9),
+    ],
+)  # fmt: skip
+def test_counts_that_cannot_be_are_damage(run, name, value):
+    """A state whose numbers contradict each other is told from a sound one when it is read."""
+    file = run / "checkpoint-2" / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    rehash(run / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=f"state.json cannot be used: it has {name}={value}"):
+        load_checkpoint(run / "checkpoint-2")

@@ -16,7 +16,10 @@ from idefics_qlora.model.adapters import adapter_tensors
 
 HERE = Path(__file__).parent / "runs_0_1"
 LAST = "checkpoint-4"
-TOLERANCE = {"fp32": 0.05}  # its learning rate of 1 makes two steps' rounding 1 % of the weights
+TOLERANCE = {"fp32": 2e-4, "fp16": 2e-3, "stream": 1e-6}
+"""Elsewhere, relative to a tensor's norm: Adam divides by a gradient's size, so that where one is
+nearly zero, rounding becomes part of a step; at fp32's high learning rate another number of threads
+alone makes 4e-5, and fp16 rounds at 5e-4."""
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +61,7 @@ def test_a_run_of_0_1_goes_on(name, start, tmp_path):
             shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     result = write.train(name, tmp_path, write.rows_of(HERE / "rows"))
     theirs, ours = load_checkpoint(HERE / name / LAST), load_checkpoint(tmp_path / LAST)
-    tolerance = 0.0 if same_machine(theirs.state) else TOLERANCE.get(name, 1e-6)
+    tolerance = 0.0 if same_machine(theirs.state) else TOLERANCE[name]
     assert_equal(ours.adapter, theirs.adapter, tolerance)
     assert_equal(ours.optimizer, theirs.optimizer, tolerance)
     assert_equal(ours.rng, theirs.rng, 0.0)

@@ -130,7 +130,8 @@ def as_prompt(prompt: Any) -> Sequence[PromptItem]:
 PICTURE_ENDING = r"(?i:\.(?:png|jpe?g|webp|gif|bmp|tiff?|heic|avif))"
 """How the names of pictures end, as a regular expression."""
 
-_INVISIBLE = {*"\u034f\u115f\u1160\u2800\u3164\uffa0", *map(chr, range(0xFE00, 0xFE10))}
+_SELECTORS = (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))
+_INVISIBLE = {*"\u034f\u115f\u1160\u180b\u2800\u3164\uffa0\ufffc", *map(chr, _SELECTORS)}
 """What Unicode counts as letters, signs or marks, though nothing is drawn: fillers, selectors."""
 
 
@@ -158,6 +159,11 @@ def _check_items(items: Any, name: str, may_be_url: bool = False) -> None:
     for item in items:
         if isinstance(item, str):
             _check_unicode(item, f"{name} text")
+            if re.match(r"\s*data:image/", item):
+                raise ValueError(
+                    f"the {name} text {item!r:.40} is a picture written out: a string is text for "
+                    "the model; to show it the picture, pass its decoded bytes"
+                )
             if may_be_url:
                 continue
             if re.fullmatch(r"\s*https?://\S+\s*", item):
@@ -165,7 +171,8 @@ def _check_items(items: Any, name: str, may_be_url: bool = False) -> None:
                     f"the {name} text {item!r} is a bare URL: a string is text for the model; to "
                     "show it the picture, pass idefics_qlora.images.open_image(url)"
                 )
-            if re.fullmatch(rf"\s*\S+{PICTURE_ENDING}\s*", item):
+            looks_like_a_path = r"(?:\S+|(?:~|\.{0,2}|[A-Za-z]:)[/\\][^\n]+)"
+            if re.fullmatch(rf"\s*{looks_like_a_path}{PICTURE_ENDING}\s*", item):
                 raise ValueError(
                     f"the {name} text {item!r} is the path of a picture: a string is text for the "
                     "model; to show it the picture, pass pathlib.Path(...); if the name is meant, "

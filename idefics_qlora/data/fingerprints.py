@@ -33,8 +33,18 @@ class Fingerprint:
         return {"version": 2, "number": self.number, "first": list(self.given)}
 
     def fits(self, kept: dict[str, Any]) -> bool:
-        """Whether a checkpoint's rows can be these; a row that is bad now and then may be."""
-        first = self.given if kept.get("version", 1) == 2 else self.tensors
+        """Whether a checkpoint's rows can be these; a row that is bad now and then may be.
+
+        Raises:
+            ValueError: If a later version of this library has made the checkpoint's.
+        """
+        version = kept.get("version", 1)  # 0.1 had none
+        if version not in (1, 2):
+            raise ValueError(
+                f"rows known by fingerprints of version {version!r}, expected 1 or 2: a later "
+                "idefics_qlora has made them; update it"
+            )
+        first = self.given if version == 2 else self.tensors
         pairs = zip(kept["first"], first, strict=False)
         return kept["number"] == self.number and all(
             x == y or x is None or y is None for x, y in pairs

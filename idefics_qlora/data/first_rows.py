@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 from PIL import Image
@@ -182,7 +183,7 @@ class FirstRows:
         words = re.findall(r"\w+", example.completion)
         for column, names in self.reader.class_names.items():
             number = row.get(column)
-            if isinstance(number, int) and number >= 0:
+            if isinstance(number, Integral) and number >= 0:
                 name = names.int2str(number)
                 tells = str(number) in words and name not in example.completion
                 self._numbers[column].append((tells, number, name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from numbers import Integral
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from PIL import Image
@@ -212,9 +213,9 @@ class RowReader:
         if self.class_names and isinstance(self.to_example, Captions | None):
             row = dict(row)
             for column, names in self.class_names.items():
-                if isinstance(row.get(column), int):
+                if isinstance(row.get(column), Integral):
                     with naming_row(f"{column}={row[column]}"):
-                        row[column] = names.int2str(row[column])
+                        row[column] = names.int2str(int(row[column]))
         return as_example(row, self.to_example, self.collator.access)
 
     def decoded(self, row: Any) -> Any:

@@ -7,7 +7,10 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from datetime import date
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 from PIL import Image
@@ -36,6 +39,9 @@ def digest(value: Any, load: bool = True) -> bytes:
         value: Of texts, numbers, pictures, arrays, and containers of them.
         load: Whether a picture that is opened but not decoded is decoded. Otherwise it is told by
             its file's name, or, without one, equal to none.
+
+    Raises:
+        TypeError: If there is an object whose content is not known.
     """
     hashed = hashlib.blake2b(digest_size=16)
     _update(hashed.update, value, load)
@@ -43,7 +49,7 @@ def digest(value: Any, load: bool = True) -> bytes:
 
 
 def digest_of(value: Any, load: bool = True) -> bytes | None:
-    """The digest, or ``None`` where a picture cannot be decoded: that is told when it is read."""
+    """The digest, or ``None`` where it cannot be told: of unknown objects and broken pictures."""
     try:
         return digest(value, load)
     except Exception:
@@ -77,7 +83,11 @@ def _update(update: Callable[[bytes], None], value: Any, load: bool) -> None:
         update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
     elif isinstance(value, (str, int, float, os.PathLike)):
         update(str(value).encode(errors="surrogatepass"))
-    update(b")")  # of what else there may be, the type has to do: its text may tell its address
+    elif isinstance(value, (date, Decimal, UUID, np.generic)):
+        update(repr(value).encode())
+    elif value is not None:
+        raise TypeError(f"{type(value).__name__}: what it holds cannot be told")
+    update(b")")
 
 
 class Unread:

@@ -210,3 +210,13 @@ def test_a_fingerprint_says_its_version(fingerprint, kinds):
     kept = json.loads(json.dumps(fingerprint(*kinds["path"]).to_json()))
     assert kept.keys() == {"version", "number", "first"}
     assert kept["version"] == 2
+
+
+def test_a_later_versions_fingerprint_is_named(processor, picture):
+    """What a later version has written is not called other content."""
+    reader = RowReader([iq.Example([picture, QUESTION], " A.")], "rows", None, Collator(processor))
+    fingerprint, _ = reader.first_rows(range(1), 1)
+    kept = fingerprint.to_json()
+    assert fingerprint.fits(kept)
+    with pytest.raises(ValueError, match="version 7, expected 1 or 2: a later"):
+        fingerprint.fits({**kept, "version": 7})

@@ -1,5 +1,6 @@
 """Plausible mistakes in rows and texts are told before a run starts, and sound rows are not."""
 
+import datetime
 import io
 import logging
 import random
@@ -17,6 +18,7 @@ from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.first_rows import FirstRows, tell_same_rows
 from idefics_qlora.data.formats import pokemon_card_example
 from idefics_qlora.data.rows import RowReader
+from idefics_qlora.data.same_rows import digest, digest_of
 from idefics_qlora.data.windows import epoch_order
 from idefics_qlora.notices import Notices
 
@@ -456,3 +458,46 @@ def test_the_preview_tells_mistakes_too(processor, caplog, tmp_path):
     iq.preview_batch(processor, rows, image_dir=tmp_path)
     (line,) = told(caplog)
     assert line.startswith("rows[0]: no space between")
+
+
+class Row:
+    """A user's own class: what its objects hold cannot be told from outside."""
+
+    def __init__(self, number):
+        self.number = number
+
+
+def test_rows_of_unknown_kinds_are_not_called_the_same(lora, processor, tmp_path, caplog):
+    """Objects that cannot be compared are not compared; dates and the like are."""
+    pictures = [card["image"] for card in iq.tiny.creature_cards(8, seed=0)]
+    rows = [Row(i) for i in range(8)]
+
+    def to_example(row):
+        return iq.Example([pictures[row.number], "What? Answer:"], f" number {row.number}")
+
+    config = config_of(tmp_path, global_batch_size=2)
+    iq.train(lora, processor, rows, config=config, to_example=to_example)
+    assert "the same as" not in caplog.text
+    days = [datetime.date(2020, 1, 1 + i) for i in range(2)]
+    assert digest(days[0]) != digest(days[1])
+    assert digest_of(rows[0]) is None
+
+
+@pytest.mark.parametrize("form", [None, "numpy"])
+def test_classes_have_names_in_every_form(processor, form):
+    """``with_format("numpy")`` gives numbers of another type, which are numbers all the same."""
+    features = datasets.Features({"label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = datasets.Dataset.from_dict({"label": [0, 1]}, features=features).with_format(form)
+    reader = RowReader(rows, "rows", iq.Captions(answer=" A {label}."), Collator(processor))
+    picture = Image.new("RGB", (8, 8))
+    assert reader.example({**rows[1], "image": picture}).completion == " A dog."
+
+
+@pytest.mark.parametrize(
+    "text", ["data:image/png;base64,iVBORw0KGgo=", "/data/my cats/a 1.jpg", "C:\\my cats\\a.png"]
+)
+def test_a_picture_written_as_text_is_an_error(text):
+    """Neither an encoded picture nor a path with spaces is taken for words."""
+    with pytest.raises(ValueError, match="a string is text for the model"):
+        iq.Example([text, "What? Answer:"], " That.")
+    iq.Example(["Look at cats/a 1.jpg: what is it? Answer:"], " That.")
