@@ -182,8 +182,7 @@ class FirstRows:
             return
         words = re.findall(r"\w+", example.completion)
         for column, names in self.reader.class_names.items():
-            number = row.get(column)
-            if isinstance(number, Integral) and number >= 0:
+            if isinstance(value := row.get(column), Integral) and (number := int(value)) >= 0:
                 name = names.int2str(number)
                 tells = str(number) in words and name not in example.completion
                 self._numbers[column].append((tells, number, name))
