@@ -2,8 +2,8 @@
 
 The fields stand in groups, each with its checks behind it; :data:`GROUPS` names them in order.
 Field names follow Hugging Face's ``TrainingArguments`` wherever the meaning is the same, and the
-defaults are the recipe of the well-known IDEFICS fine-tuning tutorial. More than 400 lines, for each
-field is explained at length where it stands.
+defaults are the recipe of the well-known IDEFICS fine-tuning tutorial. More than 400 lines, for
+each field is explained where it stands.
 """
 
 from __future__ import annotations
