@@ -265,6 +265,14 @@ def test_learning_lowers_the_loss(lora, processor, examples, tmp_path):
     assert not lora.training
 
 
+def test_the_last_step_is_evaluated_and_saved(lora, processor, examples, tmp_path):
+    """Whatever its number: the end of a run is neither unknown nor lost."""
+    config = config_of(tmp_path, max_steps=3, eval_steps=2, save_steps=2)
+    result = iq.train(lora, processor, examples, examples[:2], config=config)
+    assert [r["step"] for r in result.log_history if "eval_loss" in r] == [2, 3]
+    assert iq.latest_checkpoint(tmp_path).name == "checkpoint-3"
+
+
 def test_the_best_is_loaded_and_never_deleted(lora, processor, examples, tmp_path):
     """A run that is ruined after its second step keeps that checkpoint and gives it back."""
 
