@@ -7,6 +7,8 @@ A ``checkpoint-N`` folder holds
 - ``state.json``: everything else it needs, readable;
 - ``manifest.json``: size and SHA-256 of every other file, written last.
 
+More than 400 lines: what is written, how it is read, and what must not be deleted belong together.
+
 This module sees only tensors and JSON values, never the loop or the model.
 """
 
@@ -179,20 +181,7 @@ def load_checkpoint(folder: Path) -> Snapshot:
         if name not in state or not isinstance(state[name], kind):
             what = f"a {type(state[name]).__name__} as" if name in state else "no"
             raise CheckpointError(f"{folder / STATE} cannot be used: it has {what} {name!r}")
-    counts = {name: state[name] for name in _COUNTS if name in state}
-    if negative := [f"{name}={count}" for name, count in counts.items() if count < 0]:
-        raise CheckpointError(f"{folder / STATE} cannot be used: it has {', '.join(negative)}")
-    if state["micro_batch_size"] < 1:
-        raise CheckpointError(
-            f"{folder / STATE} cannot be used: it has micro_batch_size={state['micro_batch_size']}"
-        )
-    for name, most in (
-        ("finished_step", state["global_step"]), ("num_told", len(state["log_history"]))
-    ):  # fmt: skip
-        if state.get(name, 0) > most:
-            raise CheckpointError(
-                f"{folder / STATE} cannot be used: it has {name}={state[name]}, beyond {most}"
-            )
+    _check_counts(folder / STATE, state)
     for name, keys in _INSIDE.items():
         if missing := sorted(keys - state[name].keys()):
             raise CheckpointError(f"{folder / STATE} cannot be used: {name!r} lacks {missing}")
@@ -203,6 +192,16 @@ def load_checkpoint(folder: Path) -> Snapshot:
         rng=tensors_in(folder / RNG, contents[RNG]),
         state=state,
     )
+
+
+def _check_counts(file: Path, state: dict[str, Any]) -> None:
+    faults = [f"{name}={state[name]}" for name in _COUNTS if state.get(name, 0) < 0]
+    if state["micro_batch_size"] < 1:
+        faults.append(f"micro_batch_size={state['micro_batch_size']}")
+    most = {"finished_step": state["global_step"], "num_told": len(state["log_history"])}
+    faults += [f"{name}={state[name]}" for name in most if state.get(name, 0) > most[name]]
+    if faults:
+        raise CheckpointError(f"{file} cannot be used: it has {', '.join(faults)}")
 
 
 def check_step(folder: Path, state: dict[str, Any]) -> None:
