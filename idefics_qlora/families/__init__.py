@@ -31,10 +31,11 @@ def family_of_config(config: Any, name: str = "") -> Family:
         ValueError: If it is of none; the message lists those that are known.
     """
     if config.model_type not in FAMILIES:
-        known = "; ".join(f"{f.model_type!r} ({f.known_checkpoints})" for f in FAMILIES.values())
+        known = " or ".join(
+            f"the {f.model_type!r} architecture ({f.known_checkpoints})" for f in FAMILIES.values()
+        )
         raise ValueError(
-            f"{name or 'the model'} is a {config.model_type!r} checkpoint: expected the "
-            f"architecture {known}"
+            f"{name or 'the model'} is a {config.model_type!r} checkpoint: expected {known}"
         )
     return FAMILIES[config.model_type]
 

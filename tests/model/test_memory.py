@@ -281,7 +281,7 @@ def test_the_table_has_every_part_and_card(capsys):
 
 def test_the_command_says_nothing_else():
     """No warning that the package has imported the module already."""
-    command = [sys.executable, "-m", "idefics_qlora.model.loading.memory", "--help"]
+    command = [sys.executable, "-m", "idefics_qlora.model.memory", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert "usage: python -m idefics_qlora.model.memory" in done.stdout

@@ -55,7 +55,7 @@ def test_the_usual_preparation_kills_the_vision_tower(
     base.enable_input_require_grads()
     model = iq.add_lora(base)
     before = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
-    monkeypatch.setattr("idefics_qlora.model.loading.set_activation_checkpointing", lambda *_: None)
+    monkeypatch.setattr("idefics_qlora.training.run.set_activation_checkpointing", lambda *_: None)
     with pytest.raises(iq.DeadAdapters, match=r"no adapter of the vision tower got a gradient"):
         iq.train(model, processor, examples, config=config_of(tmp_path))
     after = trainable_parameters(model)
