@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from PIL import Image
 
@@ -25,9 +25,6 @@ from idefics_qlora.images.access import (
     read_file,
 )
 from idefics_qlora.images.decode import decode
-
-if TYPE_CHECKING:
-    pass
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes | Mapping[str, Any] | Image.Image"
 
