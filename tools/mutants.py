@@ -758,6 +758,8 @@ def _judge(copy: Path, mutant: Mutant, source: str) -> str:
         by, seconds = "others", seconds + more
     file.write_text(original, encoding="utf-8")
     noticed = re.findall(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", said, re.MULTILINE)
+    if by == "others" and code == 1 and _pytest(copy, noticed[:1], TIMEOUT_S)[0] != 0:
+        return f"- {mutant.name}: {noticed[0]} fails without the change as well"
     verdict = "survived" if code == 0 else "too long" if code is None else f"noticed by {by}"
     if code not in (None, 0, 1):
         verdict = f"pytest's exit code is {code}"

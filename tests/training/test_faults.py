@@ -430,6 +430,11 @@ def test_what_is_not_finite_can_be_replayed(base, processor, examples, tmp_path)
     assert f"window 2 (rows {rows})" in str(replayed.value)
     model = iq.add_lora(copy.deepcopy(base))
     assert iq.train(model, processor, examples, config=again).global_step == 6
+    # With the same dropout: it ends like a run in which nothing was wrong.
+    whole = iq.add_lora(copy.deepcopy(base))
+    config = config_of(tmp_path / "whole", precision="fp32", load_best_model_at_end=False)
+    iq.train(whole, processor, examples, config=config)
+    assert same(adapter_tensors(model), adapter_tensors(whole))
 
 
 class Deadly:
