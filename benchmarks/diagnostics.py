@@ -23,8 +23,8 @@ import torch
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.order import Windows
 from idefics_qlora.data.rows import RowReader
-from idefics_qlora.data.windows import Windows
 from idefics_qlora.families import family_of
 from idefics_qlora.machine import library_versions
 from idefics_qlora.model.adapters import trainable_parameters

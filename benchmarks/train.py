@@ -43,7 +43,7 @@ from transformers.utils import logging as transformers_logging
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.windows import epoch_order
+from idefics_qlora.data.order import epoch_order
 from idefics_qlora.families import FAMILIES
 from idefics_qlora.machine import environment, library_versions
 from idefics_qlora.model.precision import DTYPES, set_compute_dtype

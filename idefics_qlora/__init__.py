@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from idefics_qlora.data.example import Example, Turn
     from idefics_qlora.data.files import load_rows
     from idefics_qlora.data.formats import Captions, pokemon_card_example
-    from idefics_qlora.data.loading import LoaderError
     from idefics_qlora.data.preview import Preview, preview_batch
+    from idefics_qlora.data.workers import LoaderError
+    from idefics_qlora.durable import CheckpointError
     from idefics_qlora.evaluation import metrics
     from idefics_qlora.evaluation.generation import generate
     from idefics_qlora.evaluation.held_out import evaluate
     from idefics_qlora.evaluation.image_use import ImageUse, image_use
-    from idefics_qlora.files import CheckpointError
     from idefics_qlora.images.access import BadImage, ImageAccess
     from idefics_qlora.machine import environment
     from idefics_qlora.model.adapters import add_lora
@@ -44,12 +44,12 @@ _HOMES = {
     "data.example": ("Example", "Turn"),
     "data.files": ("load_rows",),
     "data.formats": ("Captions", "pokemon_card_example"),
-    "data.loading": ("LoaderError",),
     "data.preview": ("Preview", "preview_batch"),
+    "data.workers": ("LoaderError",),
+    "durable": ("CheckpointError",),
     "evaluation.generation": ("generate",),
     "evaluation.held_out": ("evaluate",),
     "evaluation.image_use": ("ImageUse", "image_use"),
-    "files": ("CheckpointError",),
     "images.access": ("BadImage", "ImageAccess"),
     "machine": ("environment",),
     "model.adapters": ("add_lora",),

@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
-from idefics_qlora.files import (
+from idefics_qlora.durable import (
     CheckpointError,
     Part,
     json_bytes,

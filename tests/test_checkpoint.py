@@ -14,7 +14,7 @@ import torch
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import Snapshot, clear_leftovers, load_checkpoint, rotate, set_aside
 from idefics_qlora.checkpoint import save_checkpoint as save
-from idefics_qlora.files import CheckpointError
+from idefics_qlora.durable import CheckpointError
 
 HERE = Path(__file__).parent
 

@@ -19,7 +19,7 @@ from peft import LoraConfig
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.data.bad_rows import BadRow, BadRows
-from idefics_qlora.files import CheckpointError
+from idefics_qlora.durable import CheckpointError
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "manifest.json")
 FILES += ("optimizer.safetensors", "rng.safetensors", "state.json")

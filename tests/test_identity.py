@@ -10,7 +10,7 @@ from helpers import config_of, same
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.checkpoint import save_checkpoint as save
-from idefics_qlora.files import CheckpointError
+from idefics_qlora.durable import CheckpointError
 from idefics_qlora.model.adapters import adapter_tensors
 
 

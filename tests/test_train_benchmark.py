@@ -13,8 +13,8 @@ import train
 from full_size import configuration
 
 from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.order import Windows
 from idefics_qlora.data.rows import RowReader
-from idefics_qlora.data.windows import Windows
 from idefics_qlora.families import FAMILIES
 
 SCRIPT = Path(train.__file__)

@@ -399,7 +399,7 @@ MUTANTS = (
     # The windows.
     _m(
         "every epoch has the same order",
-        "data/windows.py",
+        "data/order.py",
         "np.random.default_rng((seed, epoch))",
         "np.random.default_rng((seed, 0))",
         "data/test_batches.py",
@@ -407,35 +407,35 @@ MUTANTS = (
     ),
     _m(
         "every run has the same order",
-        "data/windows.py",
+        "data/order.py",
         "np.random.default_rng((seed, epoch))",
         "np.random.default_rng((0, epoch))",
         "data/test_batches.py",
     ),
     _m(
         "every epoch has the same crops",
-        "data/windows.py",
+        "data/order.py",
         "np.random.SeedSequence((seed, epoch, row))",
         "np.random.SeedSequence((seed, 0, row))",
         "data/test_batches.py",
     ),
     _m(
         "every row has the same crop",
-        "data/windows.py",
+        "data/order.py",
         "np.random.SeedSequence((seed, epoch, row))",
         "np.random.SeedSequence((seed, epoch, 0))",
         "data/test_batches.py",
     ),
     _m(
         "a stream begins anew",
-        "data/windows.py",
+        "data/order.py",
         'stream.load_state_dict(self.position["stream"])',
         "pass",
         STREAM,
     ),
     _m(
         "a stream forgets its epoch",
-        "data/windows.py",
+        "data/order.py",
         'epoch, number = self.position["epoch"], self.position["row"]',
         'number = self.position["row"]',
         "data/test_rows.py::test_a_stream_gives_its_rows_in_order",
@@ -443,14 +443,14 @@ MUTANTS = (
     ),
     _m(
         "a micro-batch is as wide as its window",
-        "data/batches.py",
+        "data/windows.py",
         "num_tokens=self.lengths[start],",
         "num_tokens=self.lengths[0],",
         "data/test_batches.py",
     ),
     _m(
         "loading draws from the global generator",
-        "data/loading.py",
+        "data/workers.py",
         "generator=torch.Generator(),",
         "generator=None,",
         "training/test_loop.py::test_evaluating_changes_nothing",
@@ -464,7 +464,7 @@ MUTANTS = (
     ),
     _m(
         "loader workers keep the lock",
-        "data/loading.py",
+        "data/workers.py",
         "    RunLock.close_in_child()\n",
         "",
         "training/test_faults.py::test_workers_that_outlive_a_run_do_not_lock_its_folder",
@@ -580,7 +580,7 @@ MUTANTS = (
     ),
     _m(
         "files are not on the disk when the folder gets its name",
-        "files.py",
+        "durable.py",
         "        os.fsync(file.fileno())\n",
         "",
         FSYNC,
@@ -623,7 +623,7 @@ MUTANTS = (
     ),
     _m(
         "files of another size are not noticed",
-        "files.py",
+        "durable.py",
         "            if size not in (None, status.st_size):\n",
         "            if False:\n",
         DAMAGE,

@@ -19,8 +19,8 @@ from idefics_qlora.config import LossOn
 from idefics_qlora.data.batches import IGNORE, Collator
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.first_rows import FirstRows
+from idefics_qlora.data.order import crop_seed
 from idefics_qlora.data.rows import RowReader, Rows, class_names
-from idefics_qlora.data.windows import crop_seed
 from idefics_qlora.families.family import check_processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.images.cropping import write_png

@@ -9,11 +9,12 @@ import torch
 
 from idefics_qlora.config import LossOn, OnBadRow, check_whole
 from idefics_qlora.data.bad_rows import BadRows
-from idefics_qlora.data.batches import Collator, Window
+from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.example import ToExample
-from idefics_qlora.data.loading import Loading
+from idefics_qlora.data.order import EvalBatches
 from idefics_qlora.data.rows import RowReader, Rows
-from idefics_qlora.data.windows import EvalBatches
+from idefics_qlora.data.windows import Window
+from idefics_qlora.data.workers import Loading
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Model, Processor, check_model_and_processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess

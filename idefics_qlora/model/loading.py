@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from idefics_qlora.checkpoint import ADAPTER, ADAPTER_CONFIG, load_adapter_files
+from idefics_qlora.durable import CheckpointError
 from idefics_qlora.families import family_of_config
 from idefics_qlora.families.family import Processor
-from idefics_qlora.files import CheckpointError
 from idefics_qlora.model.adapters import attach, load_adapter
 from idefics_qlora.model.base import base_fingerprint, same_base
 from idefics_qlora.model.cpu import prepare_for_cpu

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from idefics_qlora.config import TrainConfig
-from idefics_qlora.data.batches import IGNORE, Collator, Window
+from idefics_qlora.data.batches import IGNORE, Collator
+from idefics_qlora.data.windows import Window
 from idefics_qlora.families.family import Family
 from idefics_qlora.training.optim import lr_at
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from peft import PeftModel
 
 from idefics_qlora.checkpoint import load_checkpoint
-from idefics_qlora.data.batches import Batch, Window
-from idefics_qlora.files import CheckpointError
+from idefics_qlora.data.batches import Batch
+from idefics_qlora.data.windows import Window
+from idefics_qlora.durable import CheckpointError
 from idefics_qlora.model.adapters import adapter_tensors, load_adapter, without_adapter
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.precision import evaluation_mode

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from idefics_qlora.data.bad_rows import BadRows
-from idefics_qlora.data.loading import Loading
 from idefics_qlora.data.rows import RowReader
+from idefics_qlora.data.workers import Loading
 from idefics_qlora.evaluation.held_out import mean_loss
 from idefics_qlora.evaluation.image_use import image_use
 from idefics_qlora.evaluation.samples import EvalSamples

@@ -14,8 +14,8 @@ from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.fingerprints import Fingerprint
 from idefics_qlora.data.first_rows import FirstRows, Lengths, tell_same_rows
+from idefics_qlora.data.order import EvalBatches, epoch_order
 from idefics_qlora.data.rows import RowReader, Rows
-from idefics_qlora.data.windows import EvalBatches, epoch_order
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Processor, check_model_and_processor
 from idefics_qlora.images.access import ImageAccess

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from idefics_qlora.checkpoint import resolved
 from idefics_qlora.config import TrainConfig
-from idefics_qlora.data.batches import Window
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.rows import Rows
+from idefics_qlora.data.windows import Window
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
@@ -100,7 +100,7 @@ def train(
             if state.finished_step < state.global_step:  # the run broke off while it did this
                 finish_step(run)
             while state.global_step < state.total_steps and stop.received is None:
-                window = run.next_window(windows)  # read ahead by workers: data/windows.py
+                window = run.next_window(windows)  # read ahead: data/order.py, workers.py
                 try:
                     output = train_step(state, window)
                 except Exception as error:

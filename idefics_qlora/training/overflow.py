@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from idefics_qlora.checkpoint import checkpoints
-from idefics_qlora.data.batches import Batch, Window
+from idefics_qlora.data.batches import Batch
+from idefics_qlora.data.windows import Window
 from idefics_qlora.model.precision import DTYPES, autocast
 from idefics_qlora.training.divergence import Divergence, divergence
 from idefics_qlora.training.parts import restore_rng, rng_tensors

@@ -19,7 +19,7 @@ from idefics_qlora.checkpoint import (
     set_aside,
 )
 from idefics_qlora.config import TrainConfig
-from idefics_qlora.files import CheckpointError
+from idefics_qlora.durable import CheckpointError
 from idefics_qlora.training.saving import checked
 from idefics_qlora.training.state import TrainState, new_run
 

@@ -19,9 +19,9 @@ from idefics_qlora.checkpoint import (
     clear_leftovers,
 )
 from idefics_qlora.data.bad_rows import BadRows
-from idefics_qlora.data.batches import Window
-from idefics_qlora.data.loading import LoaderError, Loading
-from idefics_qlora.data.windows import StreamedWindows, Windows
+from idefics_qlora.data.order import StreamedWindows, Windows
+from idefics_qlora.data.windows import Window
+from idefics_qlora.data.workers import LoaderError, Loading
 from idefics_qlora.families import family_of
 from idefics_qlora.model.adapters import trainable_parameters
 from idefics_qlora.model.precision import (

@@ -19,8 +19,8 @@ from idefics_qlora.checkpoint import (
     rotate,
     save_checkpoint,
 )
-from idefics_qlora.data.batches import Window
-from idefics_qlora.files import CheckpointError
+from idefics_qlora.data.windows import Window
+from idefics_qlora.durable import CheckpointError
 from idefics_qlora.model.adapters import load_adapter
 from idefics_qlora.process import StopSignals
 from idefics_qlora.training.parts import restore_rng

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from idefics_qlora.checkpoint import Snapshot, checkpoint_path, step_of
 from idefics_qlora.config import TrainConfig
-from idefics_qlora.data.batches import Window
 from idefics_qlora.data.fingerprints import Fingerprint
-from idefics_qlora.files import CheckpointError
+from idefics_qlora.data.windows import Window
+from idefics_qlora.durable import CheckpointError
 from idefics_qlora.machine import COMPUTING, environment
 from idefics_qlora.model.adapters import adapter_config
 from idefics_qlora.model.base import same_base

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 import idefics_qlora as iq
 from idefics_qlora.data.batches import IGNORE, Collator
 from idefics_qlora.data.formats import as_example
-from idefics_qlora.data.loading import Loading
+from idefics_qlora.data.order import EvalBatches, Windows, crop_seed, epoch_order
 from idefics_qlora.data.rows import RowReader
-from idefics_qlora.data.windows import EvalBatches, Windows, crop_seed, epoch_order
+from idefics_qlora.data.workers import Loading
 
 IMAGE = {"type": "image"}
 QUESTION = "Question: What's on the picture? Answer:"

@@ -17,9 +17,9 @@ import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.first_rows import FirstRows, tell_same_rows
 from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.order import epoch_order
 from idefics_qlora.data.rows import RowReader
 from idefics_qlora.data.same_rows import digest, digest_of
-from idefics_qlora.data.windows import epoch_order
 from idefics_qlora.notices import Notices
 
 config_of = partial(helpers.config_of, max_steps=1)

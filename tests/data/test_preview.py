@@ -12,8 +12,8 @@ import idefics_qlora as iq
 from idefics_qlora.data import preview as preview_module
 from idefics_qlora.data.batches import IGNORE, Collator
 from idefics_qlora.data.formats import as_example
+from idefics_qlora.data.order import Windows
 from idefics_qlora.data.rows import RowReader
-from idefics_qlora.data.windows import Windows
 
 
 @pytest.fixture

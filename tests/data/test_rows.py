@@ -10,9 +10,9 @@ from helpers import config_of, same
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.loading import Loading
+from idefics_qlora.data.order import EvalBatches, StreamedWindows, Windows, epoch_order
 from idefics_qlora.data.rows import RowReader
-from idefics_qlora.data.windows import EvalBatches, StreamedWindows, Windows, epoch_order
+from idefics_qlora.data.workers import Loading
 from idefics_qlora.model.adapters import adapter_tensors
 
 

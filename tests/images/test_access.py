@@ -7,7 +7,7 @@ from helpers import config_of
 
 import idefics_qlora as iq
 from idefics_qlora.data.formats import pokemon_card_example
-from idefics_qlora.data.windows import epoch_order
+from idefics_qlora.data.order import epoch_order
 from idefics_qlora.images.access import ImageAccess
 from idefics_qlora.images.opening import open_image
 from idefics_qlora.images.prefetch import prefetch_images

@@ -17,8 +17,8 @@ import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.data.batches import IGNORE, Collator
 from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.order import Windows
 from idefics_qlora.data.rows import RowReader
-from idefics_qlora.data.windows import Windows
 from idefics_qlora.families import FAMILIES
 from idefics_qlora.model.adapters import trainable_parameters
 from idefics_qlora.training.diagnostics import check_labels

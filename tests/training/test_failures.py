@@ -19,7 +19,7 @@ from torch.utils.data import get_worker_info
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
-from idefics_qlora.data.windows import epoch_order
+from idefics_qlora.data.order import epoch_order
 from idefics_qlora.model.adapters import trainable_parameters
 from idefics_qlora.training.optim import allocate_states, make_optimizer, optimizer_state
 

@@ -22,8 +22,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
-from idefics_qlora.data.loading import LoaderError, Loading
-from idefics_qlora.data.windows import epoch_order
+from idefics_qlora.data.order import epoch_order
+from idefics_qlora.data.workers import LoaderError, Loading
 from idefics_qlora.model.adapters import adapter_tensors
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.process import RunLock, StopSignals

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.order import Windows
 from idefics_qlora.data.rows import RowReader
-from idefics_qlora.data.windows import Windows
 from idefics_qlora.model.adapters import adapter_tensors, trainable_parameters
 from idefics_qlora.model.precision import DTYPES, set_compute_dtype
 from idefics_qlora.training.loop import train_step

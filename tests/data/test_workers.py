@@ -17,8 +17,8 @@ from helpers import config_of, same
 from torch.utils.data import get_worker_info
 
 import idefics_qlora as iq
-from idefics_qlora.data.loading import LoaderError
-from idefics_qlora.data.windows import epoch_order
+from idefics_qlora.data.order import epoch_order
+from idefics_qlora.data.workers import LoaderError
 from idefics_qlora.model.adapters import adapter_tensors
 
 LIMITED = {"max_steps": 6, "global_batch_size": 4, "save_steps": 6, "loader_timeout_s": 60.0}
