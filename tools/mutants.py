@@ -172,9 +172,9 @@ MUTANTS = (
     ),
     _m(
         "another run's settings are accepted",
-        "training/state.py",
-        "        if problems:\n",
-        "        if False:\n",
+        "training/resume.py",
+        "    if problems:\n",
+        "    if False:\n",
         "training/test_resume.py::test_what_changes_the_mathematics_is_refused",
     ),
     _m(
@@ -566,8 +566,8 @@ MUTANTS = (
     _m(
         "a step is finished before it is evaluated",
         "training/loop.py",
-        "    run.hand_out()\n",
-        "    state.finished_step = state.global_step\n    run.hand_out()\n",
+        "    run.history.hand_out()\n",
+        "    state.finished_step = state.global_step\n    run.history.hand_out()\n",
         FAILING,
     ),
     # The folder.

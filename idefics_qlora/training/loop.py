@@ -116,7 +116,7 @@ def train(
                     run.check_rate(output.loss, output.grad_norm)
                 last = state.global_step == state.total_steps
                 if last or due(state.global_step, config.logging_steps):
-                    loss = run.log_training(output.grad_norm, output.learning_rate)
+                    loss = run.history.log_training(output.grad_norm, output.learning_rate)
                     progress.set_postfix(loss=f"{loss:.3f}")
                 finish_step(run)
             if stop.received is not None:
@@ -132,7 +132,7 @@ def finish_step(run: Run) -> None:
     """
     state, config = run.state, run.config
     last = state.global_step == state.total_steps
-    run.hand_out()
+    run.history.hand_out()
     eval_loss = None
     has_eval_rows = run.inputs.held_out is not None
     if has_eval_rows and (last or due(state.global_step, config.eval_steps)):

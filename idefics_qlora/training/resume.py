@@ -1,13 +1,17 @@
-"""From which checkpoint a run goes on, and what it makes of its folder then."""
+"""From which checkpoint a run goes on, what must be as it was, and what becomes of its folder."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from idefics_qlora.checkpoint import (
+    Snapshot,
     check_step,
     checkpoint_path,
     checkpoints,
@@ -20,10 +24,26 @@ from idefics_qlora.checkpoint import (
 )
 from idefics_qlora.config import TrainConfig
 from idefics_qlora.durable import CheckpointError
+from idefics_qlora.machine import COMPUTING, environment
+from idefics_qlora.model.adapters import adapter_config
+from idefics_qlora.model.base import same_base
+from idefics_qlora.training.optim import lr_at
 from idefics_qlora.training.saving import checked
 from idefics_qlora.training.state import TrainState, new_run
 
 logger = logging.getLogger(__name__)
+
+
+FREE_FIELDS = frozenset(
+    {
+        *("output_dir", "resume", "save_steps", "save_total_limit", "on_save_error"),
+        *("eval_image_use", "eval_samples", "allow_dead_parts"),
+        *("on_bad_row", "logging_steps", "eval_steps", "eval_batch_size", "load_best_model_at_end"),
+        *("micro_batch_size", "gradient_checkpointing", "num_workers", "loader_timeout_s"),
+        *("max_steps", "num_train_epochs", "precision"),  # told of by ``_tell_changes``
+    }
+)
+"""Settings that do not change the mathematics of a step; a resumed run may change them."""
 
 
 def checkpoints_to_resume(config: TrainConfig, output_dir: Path) -> list[Path]:
@@ -62,7 +82,7 @@ def resume(state: TrainState, folder: Path) -> Path | None:
         try:
             snapshot = load_checkpoint(checkpoint)
             check_step(checkpoint, snapshot.state)
-            state.restore(snapshot, checkpoint)
+            restore(state, snapshot, checkpoint)
             return checkpoint
         except CheckpointError as error:
             if state.config.resume != "auto":
@@ -81,6 +101,116 @@ def resume(state: TrainState, folder: Path) -> Path | None:
             "delete them, or choose another output_dir"
         )
     return None
+
+
+def restore(state: TrainState, snapshot: Snapshot, source: Path) -> None:
+    """Go on where the snapshot was taken.
+
+    Args:
+        state: Of a run that is about to start.
+        snapshot: As :func:`~idefics_qlora.checkpoint.load_checkpoint` gave it.
+        source: Where it comes from, for messages.
+
+    Raises:
+        ValueError: If a setting, the rows or the base differ in a way that would change the
+            mathematics; the message lists all that differ.
+        CheckpointError: If the checkpoint lacks something, or has it of another kind. Some of
+            it may have been put back then.
+    """
+    with _needing_all_of(source):
+        problems = differences(state, snapshot)
+    if problems:
+        raise ValueError(
+            f"{source} is of a run that computes something else:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+            + "\nContinue with the old values, or start anew in another output_dir"
+        )
+    with _needing_all_of(source):
+        state.load(snapshot)
+        _tell_changes(state, snapshot.state, source)
+
+
+def differences(state: TrainState, snapshot: Snapshot) -> list[str]:
+    """What differs so that another run would result."""
+    old, new = snapshot.state["config"], state.config.to_json()
+    problems = [
+        f"{name}: {old[name]!r} there, {new[name]!r} here"
+        for name in new
+        if name in old and name not in FREE_FIELDS and old[name] != new[name]
+    ]
+    old_lora, new_lora = snapshot.adapter_config, adapter_config(state.model)
+    problems += [
+        f"LoRA {name}: {old_lora.get(name)!r} there, {new_lora[name]!r} here"
+        for name in new_lora
+        # peft's own version and the base's address may change
+        if name not in ("peft_version", "base_model_name_or_path")
+        and old_lora.get(name, new_lora[name]) != new_lora[name]
+    ]
+    origin = snapshot.state
+    if not same_base(origin["base"], state.origin["base"]):
+        problems.append(f"base model: {origin['base']} there, {state.origin['base']} here")
+    there, here = origin["train_rows"], state.origin["train_rows"]
+    if not here.fits(there):
+        what = f"{there['number']} rows there, {here.number} here"
+        same_number = there["number"] == here.number
+        problems.append(f"train_rows: {'other content' if same_number else what}")
+    return problems
+
+
+def _tell_changes(state: TrainState, saved: dict[str, Any], source: Path) -> None:
+    """Tell what differs from how the checkpoint was made, though the run goes on."""
+    there, here = saved["eval_rows"], state.origin["eval_rows"]
+    if there is not here and (there is None or here is None or not here.fits(there)):
+        logger.warning(
+            "eval_rows differ from those of %s: the evaluation losses before and after cannot "
+            "be compared, and the best checkpoint so far is forgotten",
+            source,
+        )
+        state.best_metric = state.best_step = None
+    installed = environment()["versions"]
+    for name in COMPUTING:
+        if installed[name] != (then := saved["environment"]["versions"].get(name)):
+            logger.warning(
+                "%s was %s when %s was saved and is %s now: the run goes on, but not "
+                "necessarily to the bit",
+                *(name, then, source, installed[name]),
+            )
+    precision = saved["config"]["precision"]
+    if precision != state.config.precision:
+        # An fp16 run that overflows without end has to be able to go on in bf16.
+        logger.warning(
+            "precision was %s and is %s now: the run goes on, but not as it would have",
+            *(precision, state.config.precision),
+        )
+    _tell_new_length(state, saved)
+
+
+def _tell_new_length(state: TrainState, saved: dict[str, Any]) -> None:
+    then, step = saved["total_steps"], saved["global_step"]
+    if then == state.total_steps or state.config.lr_scheduler_type == "constant":
+        return
+    logger.warning(
+        "the run was to have %d steps and is to have %d now: the %s schedule is stretched, so "
+        "the learning rate of step %d is %g instead of %g",
+        then,
+        state.total_steps,
+        state.config.lr_scheduler_type,
+        step,
+        lr_at(step, state.total_steps, state.config),
+        lr_at(step, then, state.config),
+    )
+
+
+@contextmanager
+def _needing_all_of(source: Path) -> Iterator[None]:
+    """Say so if a checkpoint, though unaltered, does not hold all that is asked of it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} cannot be used: {type(error).__name__}: {error}; delete it, or go on from "
+            "another checkpoint"
+        ) from error
 
 
 def take_over(state: TrainState, folder: Path, origin: Path) -> None:

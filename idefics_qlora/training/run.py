@@ -1,4 +1,4 @@
-"""What goes on around the loop: windows coming in, the log, evaluations, checkpoints, the result.
+"""What goes on around the loop: windows coming in, evaluations, failures, the result.
 
 The loop itself is in ``loop.py``; a :class:`Run` does for it all that is no mathematics.
 """
@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idefics_qlora.checkpoint import (
-    clear_leftovers,
-)
+from idefics_qlora.checkpoint import clear_leftovers
 from idefics_qlora.data.bad_rows import BadRows
 from idefics_qlora.data.order import StreamedWindows, Windows
 from idefics_qlora.data.windows import Window
@@ -40,6 +38,7 @@ from idefics_qlora.training.diagnostics import (
 )
 from idefics_qlora.training.divergence import divergence
 from idefics_qlora.training.evaluations import Evaluations
+from idefics_qlora.training.history import History
 from idefics_qlora.training.inputs import ROWS_CHECKED, Inputs
 from idefics_qlora.training.optim import allocate_states, make_optimizer
 from idefics_qlora.training.overflow import OverflowReports, fp16_ledger
@@ -75,7 +74,6 @@ class Run:
         self.notices = inputs.notices
         self.config = config
         self.stop = stop
-        self._on_log = on_log
         clear_leftovers(folder)
         set_compute_dtype(model, DTYPES[config.precision])
         set_activation_checkpointing(model, config.gradient_checkpointing)
@@ -112,6 +110,7 @@ class Run:
         self._first_step = self.state.global_step
         self._clock = Clock(self.state)
         self.saving = Saving(self.state, folder, self._clock, stop, background)
+        self.history = History(self.state, self._clock, self.saving, on_log, self.epoch)
         self.overflow = OverflowReports(self.state, folder, self.saving)
         self._bad_rows = BadRows(config.on_bad_row, folder / "bad_rows.jsonl")
         self._loading = partial(
@@ -198,64 +197,19 @@ class Run:
         rows = sorted({row for window in items for _, row in self._windows.positions(window)})
         return f"; it was reading one of the rows {rows}"
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Add a record to the history, with the epoch and the step, and hand it out."""
-        record |= {"epoch": round(self.epoch(), 4), "step": self.state.global_step}
-        if self.state.num_bad_rows:
-            record["bad_rows"] = self.state.num_bad_rows
-        self.state.log_history.append(record)
-        self.hand_out()
-
-    def hand_out(self) -> None:
-        """Give ``on_log`` the records that it has not had yet.
-
-        Should it fail, the step is saved first, and it gets the record again after a restart.
-        """
-        state = self.state
-        for record in state.log_history[state.num_told :]:
-            if self._on_log is not None:
-                try:
-                    self._on_log(dict(record))
-                except Exception:
-                    self.saving.save_if_new()
-                    raise
-            state.num_told += 1
-
-    def log_training(self, grad_norm: Tensor, learning_rate: float) -> float:
-        """Log the mean loss since the last such record; returns it."""
-        state = self.state
-        loss_sum = state.unlogged_loss.item()  # sync
-        record = {
-            "loss": loss_sum / state.unlogged_steps,
-            "grad_norm": grad_norm.item(),
-            "learning_rate": learning_rate,
-            "data_wait_s": self._clock.data_wait(),
-        }
-        if state.scaler.is_enabled():
-            record["loss_scale"] = state.scaler.get_scale()
-            record["skipped_windows"] = state.skipped_windows
-        state.loss_sum += loss_sum
-        state.unlogged_loss.zero_()
-        state.unlogged_steps = 0
-        self.log(record)
-        return float(record["loss"])
-
     def evaluate(self) -> float:
         """Log an evaluation, unless the step has one; returns its loss.
 
         Should it fail, the step is saved first.
         """
-        for record in reversed(self.state.log_history):
-            if record["step"] != self.state.global_step:
-                break
-            if "eval_loss" in record:
-                return float(record["eval_loss"])
+        if (done := self.history.evaluation_loss()) is not None:
+            return done
         assert self._evaluations is not None
         what = f"the evaluation after step {self.state.global_step}"
         try:
             with advising(what, eval_batch_size=self.config.eval_batch_size):
                 record = self._evaluations.record()
-                self.log(record)
+                self.history.log(record)
         except Exception:
             self.saving.save_if_new()
             raise

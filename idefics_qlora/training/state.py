@@ -1,11 +1,10 @@
-"""What changes during a run, how it is taken down and put back, and what must not change then."""
+"""What changes during a run, and how it is taken down and put back."""
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,8 @@ from idefics_qlora.checkpoint import Snapshot, checkpoint_path, step_of
 from idefics_qlora.config import TrainConfig
 from idefics_qlora.data.fingerprints import Fingerprint
 from idefics_qlora.data.windows import Window
-from idefics_qlora.durable import CheckpointError
-from idefics_qlora.machine import COMPUTING, environment
-from idefics_qlora.model.adapters import adapter_config
-from idefics_qlora.model.base import same_base
+from idefics_qlora.machine import environment
 from idefics_qlora.training.diagnostics import Coverage
-from idefics_qlora.training.optim import lr_at
 from idefics_qlora.training.parts import (
     AdapterPart,
     Counters,
@@ -35,17 +30,6 @@ from idefics_qlora.training.parts import (
 )
 
 logger = logging.getLogger(__name__)
-
-FREE_FIELDS = frozenset(
-    {
-        *("output_dir", "resume", "save_steps", "save_total_limit", "on_save_error"),
-        *("eval_image_use", "eval_samples", "allow_dead_parts"),
-        *("on_bad_row", "logging_steps", "eval_steps", "eval_batch_size", "load_best_model_at_end"),
-        *("micro_batch_size", "gradient_checkpointing", "num_workers", "loader_timeout_s"),
-        *("max_steps", "num_train_epochs", "precision"),  # told of by ``_tell_changes``
-    }
-)
-"""Settings that do not change the mathematics of a step; a resumed run may change them."""
 
 
 def new_run() -> str:
@@ -102,7 +86,7 @@ class TrainState(Counters):
         return [part(self) for part in PARTS.values()]
 
     def snapshot(self, rng: dict[str, Tensor] | None = None) -> Snapshot:
-        """All that :meth:`restore` needs to go on exactly here.
+        """All that :meth:`load` needs to go on exactly here.
 
         Args:
             rng: Random states to go on with; by default the present ones.
@@ -124,107 +108,15 @@ class TrainState(Counters):
         }
         return Snapshot(**taken)
 
-    def restore(self, snapshot: Snapshot, source: Path) -> None:
-        """Go on where :meth:`snapshot` was taken.
+    def load(self, snapshot: Snapshot) -> None:
+        """Be as when :meth:`snapshot` was taken.
 
         Raises:
-            ValueError: If a setting, the rows or the base differ in a way that would change the
-                mathematics; the message lists all that differ.
-            CheckpointError: If the checkpoint lacks something, or has it of another kind. Some of
-                it may have been put back then.
+            ArithmeticError, AttributeError, LookupError, TypeError, ValueError: If the snapshot
+                lacks something, or has it of another kind. Some of it may have been put back then.
         """
-        with _needing_all_of(source):
-            problems = self._differences(snapshot)
-        if problems:
-            raise ValueError(
-                f"{source} is of a run that computes something else:\n"
-                + "\n".join(f"  - {problem}" for problem in problems)
-                + "\nContinue with the old values, or start anew in another output_dir"
-            )
-        with _needing_all_of(source):
-            for part in self.parts():
-                part.load_state_dict(snapshot)
-            self._tell_changes(snapshot.state, source)
-
-    def _differences(self, snapshot: Snapshot) -> list[str]:
-        """What differs so that another run would result."""
-        old, new = snapshot.state["config"], self.config.to_json()
-        problems = [
-            f"{name}: {old[name]!r} there, {new[name]!r} here"
-            for name in new
-            if name in old and name not in FREE_FIELDS and old[name] != new[name]
-        ]
-        old_lora, new_lora = snapshot.adapter_config, adapter_config(self.model)
-        problems += [
-            f"LoRA {name}: {old_lora.get(name)!r} there, {new_lora[name]!r} here"
-            for name in new_lora
-            # peft's own version and the base's address may change
-            if name not in ("peft_version", "base_model_name_or_path")
-            and old_lora.get(name, new_lora[name]) != new_lora[name]
-        ]
-        origin = snapshot.state
-        if not same_base(origin["base"], self.origin["base"]):
-            problems.append(f"base model: {origin['base']} there, {self.origin['base']} here")
-        there, here = origin["train_rows"], self.origin["train_rows"]
-        if not here.fits(there):
-            what = f"{there['number']} rows there, {here.number} here"
-            same_number = there["number"] == here.number
-            problems.append(f"train_rows: {'other content' if same_number else what}")
-        return problems
-
-    def _tell_changes(self, state: dict[str, Any], source: Path) -> None:
-        """Tell what differs from how the checkpoint was made, though the run goes on."""
-        there, here = state["eval_rows"], self.origin["eval_rows"]
-        if there is not here and (there is None or here is None or not here.fits(there)):
-            logger.warning(
-                "eval_rows differ from those of %s: the evaluation losses before and after cannot "
-                "be compared, and the best checkpoint so far is forgotten",
-                source,
-            )
-            self.best_metric = self.best_step = None
-        installed = environment()["versions"]
-        for name in COMPUTING:
-            if installed[name] != (then := state["environment"]["versions"].get(name)):
-                logger.warning(
-                    "%s was %s when %s was saved and is %s now: the run goes on, but not "
-                    "necessarily to the bit",
-                    *(name, then, source, installed[name]),
-                )
-        precision = state["config"]["precision"]
-        if precision != self.config.precision:
-            # An fp16 run that overflows without end has to be able to go on in bf16.
-            logger.warning(
-                "precision was %s and is %s now: the run goes on, but not as it would have",
-                *(precision, self.config.precision),
-            )
-        self._tell_new_length(state)
-
-    def _tell_new_length(self, origin: dict[str, Any]) -> None:
-        then, step = origin["total_steps"], origin["global_step"]
-        if then == self.total_steps or self.config.lr_scheduler_type == "constant":
-            return
-        logger.warning(
-            "the run was to have %d steps and is to have %d now: the %s schedule is stretched, so "
-            "the learning rate of step %d is %g instead of %g",
-            then,
-            self.total_steps,
-            self.config.lr_scheduler_type,
-            step,
-            lr_at(step, self.total_steps, self.config),
-            lr_at(step, then, self.config),
-        )
-
-
-@contextmanager
-def _needing_all_of(source: Path) -> Iterator[None]:
-    """Say so if a checkpoint, though unaltered, does not hold all that is asked of it."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{source} cannot be used: {type(error).__name__}: {error}; delete it, or go on from "
-            "another checkpoint"
-        ) from error
+        for part in self.parts():
+            part.load_state_dict(snapshot)
 
 
 class CountersPart:

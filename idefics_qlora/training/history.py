@@ -1,0 +1,86 @@
+"""The log of a run: its records, kept in the history and handed to whoever listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from idefics_qlora.training.result import Clock
+from idefics_qlora.training.saving import Saving
+from idefics_qlora.training.state import TrainState
+
+
+class History:
+    """Adds records to a run's history, and gives each to ``on_log`` once.
+
+    Args:
+        state: Has the history, and how much of it has been told.
+        clock: Knows how long the device waited for data.
+        saving: Saves the step if ``on_log`` fails.
+        on_log: Called with every record.
+        epoch: Passes over the training rows so far.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        clock: Clock,
+        saving: Saving,
+        on_log: Callable[[dict[str, Any]], None] | None,
+        epoch: Callable[[], float],
+    ) -> None:
+        self._state, self._clock, self._saving = state, clock, saving
+        self._on_log, self._epoch = on_log, epoch
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Add a record to the history, with the epoch and the step, and hand it out."""
+        record |= {"epoch": round(self._epoch(), 4), "step": self._state.global_step}
+        if self._state.num_bad_rows:
+            record["bad_rows"] = self._state.num_bad_rows
+        self._state.log_history.append(record)
+        self.hand_out()
+
+    def hand_out(self) -> None:
+        """Give ``on_log`` the records that it has not had yet.
+
+        Should it fail, the step is saved first, and it gets the record again after a restart.
+        """
+        state = self._state
+        for record in state.log_history[state.num_told :]:
+            if self._on_log is not None:
+                try:
+                    self._on_log(dict(record))
+                except Exception:
+                    self._saving.save_if_new()
+                    raise
+            state.num_told += 1
+
+    def log_training(self, grad_norm: Tensor, learning_rate: float) -> float:
+        """Log the mean loss since the last such record; returns it."""
+        state = self._state
+        loss_sum = state.unlogged_loss.item()  # sync
+        record = {
+            "loss": loss_sum / state.unlogged_steps,
+            "grad_norm": grad_norm.item(),
+            "learning_rate": learning_rate,
+            "data_wait_s": self._clock.data_wait(),
+        }
+        if state.scaler.is_enabled():
+            record["loss_scale"] = state.scaler.get_scale()
+            record["skipped_windows"] = state.skipped_windows
+        state.loss_sum += loss_sum
+        state.unlogged_loss.zero_()
+        state.unlogged_steps = 0
+        self.log(record)
+        return float(record["loss"])
+
+    def evaluation_loss(self) -> float | None:
+        """The ``eval_loss`` that has been logged for this step, if there is one."""
+        for record in reversed(self._state.log_history):
+            if record["step"] != self._state.global_step:
+                break
+            if "eval_loss" in record:
+                return float(record["eval_loss"])
+        return None
