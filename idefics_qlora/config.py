@@ -383,14 +383,18 @@ class TrainConfig:
     """Crop training images randomly (90-100 % of the area). ``False``: the checkpoint's own
     preprocessing, as in evaluation."""
 
-    num_workers: int = 2
-    """Processes that load windows ahead. 0: load in the main process. Changes speed only."""
+    num_workers: int | Literal["auto"] = "auto"
+    """Processes that load windows ahead; 0 loads in the main process. Changes speed only. ``auto``:
+    2, and on a GPU as many more as the first rows' reading time asks for and the machine has; the
+    log says why."""
 
     def _data_problems(self) -> Iterator[str]:
         yield from _no_choice(self, loss_on=LossOn)
         yield from _not_whole(self, 2, "max_length", optional=True)
         yield from _no_flag(self, "augment")
-        yield from _not_whole(self, 0, "num_workers")
+        workers = self.num_workers
+        if workers != "auto" and not _is_whole(workers, 0):
+            yield f"num_workers={workers!r}: expected 'auto' or a whole number of at least 0"
 
     # --- faults -------------------------------------------------------------------------------
 

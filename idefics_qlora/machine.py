@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +64,34 @@ def environment() -> dict[str, Any]:
         },
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def usable_cpus(root: Path = Path("/")) -> int:
+    """CPUs that this process may use: what its affinity and the quotas of its cgroups leave.
+
+    Args:
+        root: Where the files of the kernel are.
+    """
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        cpus = float(len(os.sched_getaffinity(0)))
+    else:
+        cpus = float(os.cpu_count() or 1)
+    mounted = root / "sys/fs/cgroup"
+    with suppress(OSError, ValueError):  # no version 1, or no quota (-1)
+        files = (mounted / f"cpu/cpu.cfs_{name}_us" for name in ("quota", "period"))
+        quota, period = (int(file.read_text()) for file in files)
+        cpus = min(cpus, quota / period) if quota > 0 and period > 0 else cpus
+    own = ""
+    with suppress(OSError):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        own = next((line[4:] for line in lines if line.startswith("0::/")), "")
+    folder = mounted / own
+    while folder.is_relative_to(mounted):  # a quota of any level holds; outside, none is seen
+        with suppress(OSError, ValueError):  # "max 100000", or no version 2
+            quota, period = map(int, (folder / "cpu.max").read_text().split())
+            cpus = min(cpus, quota / period)
+        folder = folder.parent
+    return max(1, int(cpus))
 
 
 def _version(package: str) -> str | None:

@@ -94,6 +94,7 @@ def test_every_problem_is_reported_at_once():
             loss_on="prompt",
             max_length=1,
             augment="yes",
+            num_workers="many",
             max_grad_norm=-1,
         )
     message = str(caught.value)
@@ -108,6 +109,7 @@ def test_every_problem_is_reported_at_once():
         "loss_on='prompt'",
         "max_length=1",
         "augment='yes'",
+        "num_workers='many': expected 'auto' or a whole number of at least 0",
         "max_grad_norm=-1",
     ):
         assert problem in message

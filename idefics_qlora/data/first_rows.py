@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from idefics_qlora.data.checks import (
 )
 from idefics_qlora.data.example import Example
 from idefics_qlora.data.formats import Captions
+from idefics_qlora.data.pace import Reading
 from idefics_qlora.data.rows import Look, RowReader
 from idefics_qlora.data.same_rows import Unread, digest, digest_of, same_unread
 from idefics_qlora.notices import Notices
@@ -101,6 +103,9 @@ class FirstRows:
         self.lengths: Lengths | None = None
         """What lengths are usual, once that was told."""
         self.errors: list[str] = []
+        self._asked_at = 0.0
+        self._seconds: list[float] = []
+        self._pixel_bytes: list[int] = []
         self._numbers: dict[str, list[tuple[bool, int, str]]] = defaultdict(list)
         self._to_repeat = 0 if isinstance(reader.to_example, Captions | None) else REPEATED_ROWS
 
@@ -113,7 +118,16 @@ class FirstRows:
                     before = digest_of(self._row(index))
                 else:
                     row = copy.deepcopy(row)  # the next epoch brings a new one
+        self._asked_at = time.perf_counter()
         return partial(self._look, index, before, row)
+
+    def reading(self) -> Reading | None:
+        """What a row takes to be read; ``None`` if none could be."""
+        if not self._seconds:
+            return None
+        seconds = self._seconds[1:] or self._seconds  # the first loads decoders as well
+        number = len(self._seconds)
+        return Reading(sum(seconds) / len(seconds), sum(self._pixel_bytes) / number)
 
     def _row(self, index: int) -> Any:
         return self.reader.rows[index]  # type: ignore[index]
@@ -129,6 +143,8 @@ class FirstRows:
         pictures: list[Image.Image],
         pixels: list[Tensor],
     ) -> None:
+        self._seconds.append(time.perf_counter() - self._asked_at)
+        self._pixel_bytes.append(sum(square.nbytes for square in pixels))
         collator = self.reader.collator
         name = f"{self.reader.name}[{index}]"
         squares = [digest(square) for square in pixels]

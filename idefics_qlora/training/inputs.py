@@ -15,6 +15,7 @@ from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.fingerprints import Fingerprint
 from idefics_qlora.data.first_rows import FirstRows, Lengths, tell_same_rows
 from idefics_qlora.data.order import EvalBatches, epoch_order
+from idefics_qlora.data.pace import Reading
 from idefics_qlora.data.rows import RowReader, Rows
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Processor, check_model_and_processor
@@ -43,6 +44,8 @@ class Inputs:
     """What has been warned of."""
     lengths: Lengths | None
     """What lengths of training rows are usual."""
+    reading: Reading | None
+    """What a training row takes to be read."""
 
 
 def check_inputs(
@@ -109,6 +112,7 @@ def check_inputs(
         origin=origin,
         notices=notices,
         lengths=train_seen.lengths,
+        reading=train_seen.reading(),
     )
 
 

@@ -14,6 +14,9 @@ import torch
 from idefics_qlora.families import family_of
 from idefics_qlora.training.state import TrainState
 
+JUDGED_S = 5.0
+"""Seconds of training after which the share of waiting for data is judged."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -48,6 +51,8 @@ class Clock:
         self._start = time.perf_counter() - state.seconds
         self._waited = 0.0
         self._windows = 0
+        self._judged_from: float | None = None
+        self._waited_since = 0.0
 
     def update(self, state: TrainState) -> None:
         """Note in the state how long the run has taken."""
@@ -58,14 +63,31 @@ class Clock:
         """Time spent in this block is time the device waits for data."""
         started = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - started
+        now = time.perf_counter()
+        self._waited += now - started
         self._windows += 1
+        if self._judged_from is None:  # nothing could be read ahead of the first window
+            self._judged_from = now
+        else:
+            self._waited_since += now - started
 
     def data_wait(self) -> float:
         """Mean seconds of waiting per window since the last call."""
         mean = self._waited / max(1, self._windows)
         self._waited, self._windows = 0.0, 0
         return mean
+
+    def share_waited(self) -> float | None:
+        """Share of the time since the last answer that the device waited for data.
+
+        ``None`` where that is less than ``JUDGED_S``: there is no answer yet.
+        """
+        now = time.perf_counter()
+        if self._judged_from is None or now - self._judged_from < JUDGED_S:
+            return None
+        share = self._waited_since / (now - self._judged_from)
+        self._judged_from, self._waited_since = now, 0.0
+        return share
 
 
 def run_metrics(state: TrainState, epoch: float) -> dict[str, float]:

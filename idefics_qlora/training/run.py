@@ -18,6 +18,7 @@ from torch import Tensor
 from idefics_qlora.checkpoint import clear_leftovers
 from idefics_qlora.data.bad_rows import BadRows
 from idefics_qlora.data.order import StreamedWindows, Windows
+from idefics_qlora.data.pace import WAITING_SHARE, chosen_workers, what_helps
 from idefics_qlora.data.windows import Window
 from idefics_qlora.data.workers import LoaderError, Loading
 from idefics_qlora.families import family_of
@@ -113,9 +114,19 @@ class Run:
         self.history = History(self.state, self._clock, self.saving, on_log, self.epoch)
         self.overflow = OverflowReports(self.state, folder, self.saving)
         self._bad_rows = BadRows(config.on_bad_row, folder / "bad_rows.jsonl")
+        if config.num_workers == "auto":
+            self._num_workers, why = chosen_workers(
+                inputs.reading,
+                config.global_batch_size,
+                on_gpu=device.type == "cuda",
+                is_stream=inputs.reader.is_stream,
+            )
+            logger.info("num_workers='auto': %d (%s)", self._num_workers, why)
+        else:
+            self._num_workers = config.num_workers
         self._loading = partial(
             Loading,
-            num_workers=config.num_workers,
+            num_workers=self._num_workers,
             pin=device.type == "cuda",
             timeout_s=config.loader_timeout_s,
         )
@@ -167,13 +178,24 @@ class Run:
             words = f"in window {windows.number}"
             words += self._reading(range(windows.number, windows.number + 1))
             if isinstance(error, MemoryError):
-                words += f"; free memory, or use fewer num_workers (now {self.config.num_workers})"
+                words += f"; free memory, or use fewer num_workers (now {self._num_workers})"
             raise with_words(error, f"{words}; {self.saving.keep()}") from error
         if not self._labels_checked:
             logger.info("%s", check_labels(window, self.inputs.reader.collator))
             self._labels_checked = True
         self._note_long_row(window)
+        self._note_waiting()
         return window
+
+    def _note_waiting(self) -> None:
+        share = self._clock.share_waited()
+        if share is not None and share > WAITING_SHARE:
+            helps = what_helps(self._num_workers, is_stream=self.inputs.reader.is_stream)
+            self.notices.warn(
+                "training waits for data",
+                f"training waited for data {share:.0%} of the time before step "
+                f"{self.state.global_step + 1}: {helps}",
+            )
 
     def _note_long_row(self, window: Window) -> None:
         lengths = self.inputs.lengths
