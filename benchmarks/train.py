@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import numpy as np
 import torch
 from full_size import configuration, random_4bit_model
@@ -251,22 +250,11 @@ def load(arm: Arm, size: str, device: torch.device) -> tuple[Any, Any]:
         base = random_4bit_model(config, device)
         side = config.vision_config.image_size
         processor.image_processor.size = {"height": side, "width": side}
-    if arm.dequantized:
-        dequantize(base)
+    if size != "tiny" or arm.dequantized:  # as load_model leaves it
+        from idefics_qlora.model.base_weights import dequantize, unnest_if_small
+
+        dequantize(base) if arm.dequantized else unnest_if_small(base, device)
     return iq.add_lora(base), processor
-
-
-def dequantize(base: Any) -> None:
-    """The same values in 16 bits: what ``base_weights="dequantized"`` leaves after loading."""
-    for name, module in list(base.named_modules()):
-        if isinstance(module, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            layer = nn.Linear(module.in_features, module.out_features, device="meta")
-            layer.weight = nn.Parameter(weight, requires_grad=False)
-            layer.bias = module.bias
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, layer)
-    base.is_loaded_in_4bit = False
 
 
 class Rows:

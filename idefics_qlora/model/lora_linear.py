@@ -160,7 +160,6 @@ class Group:
         self.b: Tensor | None = None
         """(outputs, ranks), scaled; zero where a layer's output meets another's rank."""
         self._absmax: dict[int, Tensor] = {}
-        self._joined: Tensor | None = None
         self._join_weights()
 
     @property
@@ -196,22 +195,27 @@ class Group:
         alike = len({(w.dtype, w.device) for w in weights}) == 1
         if self.is_quantized or len(weights) == 1 or not alike or weights[0].is_meta:
             return
-        before: Tensor | None = getattr(weights[0], "joined_weight", None)
-        if before is not None and self._is_joined(before):
-            self._joined = before
-            return
-        self._joined = torch.cat([w.detach() for w in weights])
-        for weight, part in zip(weights, self._joined.split(self.splits), strict=True):
-            weight.data = part
-            weight.joined_weight = self._joined
+        if self._joined() is None:
+            joined = torch.cat([w.detach() for w in weights])
+            for weight, part in zip(weights, joined.split(self.splits), strict=True):
+                weight.data = part
 
-    def _is_joined(self, whole: Tensor) -> bool:
-        """Whether the layers' weights are (still) the parts of one tensor."""
-        parts = whole.split(self.splits) if len(whole) == self.outputs else []
-        return len(parts) == len(self.bases) and all(
-            base.weight.data_ptr() == part.data_ptr() and base.weight.dtype == part.dtype
-            for base, part in zip(self.bases, parts, strict=True)
-        )
+    def _joined(self) -> Tensor | None:
+        """(outputs, K): the layers' weights, if they (still) lie side by side in one tensor.
+
+        Found out from where they lie, so that nothing but the weights themselves holds their
+        memory, and a cast of them gives it back.
+        """
+        first, *others = (base.weight.detach() for base in self.bases)
+        end, memory = first.data_ptr() + first.nbytes, first.untyped_storage().data_ptr()
+        for weight in others:
+            follows = weight.data_ptr() == end
+            if not follows or memory != weight.untyped_storage().data_ptr():
+                return None
+            end += weight.nbytes
+        if not all(base.weight.is_contiguous() for base in self.bases):
+            return None
+        return first.as_strided((self.outputs, self.inputs), (self.inputs, 1))
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Compute what lasts beyond one pass, so that it lies in no graph's memory."""
@@ -267,8 +271,8 @@ class Group:
         if not self.is_quantized:
             if len(self.bases) == 1:
                 return self.bases[0].weight.detach().to(dtype)
-            if self._joined is not None and self._is_joined(self._joined):
-                return self._joined.to(dtype)
+            if (joined := self._joined()) is not None:
+                return joined.to(dtype)
             return torch.cat([base.weight.detach().to(dtype) for base in self.bases])
         if len(self.bases) == 1 and not _is_ours(self.bases[0].weight):
             return self._dequantized(self.bases[0].weight, dtype)

@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from idefics_qlora.families import family_of_config
 from idefics_qlora.model.adapters import add_lora
+from idefics_qlora.model.base_weights import linear4bit_layers
 
 
 def model_on_meta(
@@ -61,12 +62,18 @@ def model_on_meta(
         return add_lora(base, lora).train()
 
 
-def materialize(model: nn.Module, dtype: torch.dtype) -> None:
-    """Move a model from the meta device to the current one, in the dtypes of training."""
-    for layer in linear4bit_layers(model):
+def materialize(model: nn.Module, dtype: torch.dtype, nested: bool = True) -> None:
+    """Move a model from the meta device to the current one, in the dtypes of training.
+
+    Args:
+        model: As :func:`model_on_meta` gave it.
+        dtype: Of what is neither packed nor trained.
+        nested: Whether the scales of quantised weights are quantised themselves.
+    """
+    for layer in linear4bit_layers(model).values():
         weight: Any = Parameter(_packed(layer), requires_grad=False)
         weight.compress_statistics, weight.quant_type = True, "nf4"
-        weight.quant_state = _quant_state(layer, dtype)
+        weight.quant_state = _quant_state(layer, dtype, nested)
         layer.weight = weight
         # peft (for DoRA) knows quantised weights by their class, which no tensor without data can
         # have; a layer with this attribute is asked for them itself.
@@ -86,26 +93,28 @@ def _packed(module: Any) -> Tensor:
     return torch.empty(-(-num_weights(module) // 2), 1, dtype=torch.uint8)
 
 
-def _quant_state(module: Any, dtype: torch.dtype) -> Any:
-    """The scales of its blocks, quantised themselves, as bitsandbytes makes them."""
+def _quant_state(module: Any, dtype: torch.dtype, nested: bool = True) -> Any:
+    """The scales of its blocks, as bitsandbytes makes them."""
     from bitsandbytes.functional import QuantState
 
     blocks = -(-num_weights(module) // 64)
-    return QuantState(
-        absmax=torch.empty(blocks, dtype=torch.uint8),
+    state = QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32),
         shape=torch.Size((module.out_features, module.in_features)),
         code=torch.empty(16),
         blocksize=64,
         quant_type="nf4",
         dtype=dtype,
-        offset=torch.empty(()),
-        state2=QuantState(
+    )
+    if nested:
+        state.nested, state.offset = True, torch.empty(())
+        state.state2 = QuantState(
             absmax=torch.empty(-(-blocks // 256)),
             code=torch.empty(256),
             blocksize=256,
             dtype=torch.float32,
-        ),
-    )
+        )
+    return state
 
 
 def _dequantized(module: Any) -> Tensor:
@@ -113,13 +122,6 @@ def _dequantized(module: Any) -> Tensor:
 
     weight: Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
     return weight
-
-
-def linear4bit_layers(model: nn.Module) -> list[Any]:
-    """The layers whose weights are quantised."""
-    import bitsandbytes as bnb
-
-    return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
 def num_weights(module: Any) -> int:
@@ -130,10 +132,11 @@ def num_weights(module: Any) -> int:
 def quantized_tensors(model: nn.Module) -> list[Tensor]:
     """The tensors that quantised weights are made of."""
     tensors = []
-    for module in linear4bit_layers(model):
+    for module in linear4bit_layers(model).values():
         state = module.weight.quant_state
-        tensors += [module.weight, state.absmax, state.code, state.offset]
-        tensors += [state.state2.absmax, state.state2.code]
+        tensors += [module.weight, state.absmax, state.code]
+        if state.nested:
+            tensors += [state.offset, state.state2.absmax, state.state2.code]
     return tensors
 
 

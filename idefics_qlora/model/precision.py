@@ -13,6 +13,7 @@ from peft import (
 from torch.nn import Parameter
 
 from idefics_qlora.families.family import Model
+from idefics_qlora.model.base_weights import linear4bit_layers
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -61,14 +62,15 @@ def compute_dtype(model: Model) -> torch.dtype:
 def set_compute_dtype(model: Model, dtype: torch.dtype) -> None:
     """Let the whole frozen base compute in ``dtype``; the adapter stays fp32.
 
-    From fp16 to fp32 nothing is lost; between fp16 and bf16 the unquantised weights are rounded.
+    From fp16 to fp32 nothing is lost; between fp16 and bf16 the unquantised weights are rounded,
+    which those of a dequantised base are as well. In fp32 such a base takes twice the memory.
     """
     if compute_dtype(model) == dtype:
         return
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    for module in _linear4bit_modules(model):
+    for module in linear4bit_layers(model).values():
         module.compute_dtype = dtype
         module.weight.quant_state.dtype = dtype  # dequantise straight to it, without a cast
 
@@ -102,9 +104,3 @@ def set_activation_checkpointing(model: PeftModel, enabled: bool) -> None:
         getattr(base, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
     else:
         getattr(base, f"{prefix}_checkpointing_disable")()
-
-
-def _linear4bit_modules(model: Model) -> list[Any]:
-    import bitsandbytes as bnb  # loads its native library
-
-    return [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
