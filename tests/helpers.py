@@ -1,6 +1,10 @@
 """What several test files need besides fixtures."""
 
+import io
+
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFilter
 
 import idefics_qlora as iq
 
@@ -22,3 +26,21 @@ def config_of(folder, **changes):
 def same(a, b):
     """Whether two dictionaries of tensors are equal to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def textured(side: int, seed: int) -> Image.Image:
+    """Something like a photograph: soft areas, edges, and fine noise."""
+    noise = np.random.default_rng(seed).integers(0, 256, (side // 16, side // 16, 3), np.uint8)
+    image = Image.fromarray(noise).resize((side, side * 3 // 4), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for i in range(0, side, 37):
+        draw.ellipse((i, i // 2, i + 90, i // 2 + 60), outline=(i % 256, 40, 200), width=1 + i % 5)
+    grain = np.random.default_rng(seed).normal(0, 12, (*image.size[::-1], 1))
+    pixels = np.asarray(image.filter(ImageFilter.SHARPEN)) + grain
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

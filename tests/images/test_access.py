@@ -1,9 +1,11 @@
-"""One ``ImageAccess`` of a call decides what is opened, whatever form the rows have."""
+"""One ``ImageAccess`` of a call decides what is opened, and which files may be read at all."""
 
+import os
+import pickle
 from pathlib import Path
 
 import pytest
-from helpers import config_of
+from helpers import config_of, encoded
 
 import idefics_qlora as iq
 from idefics_qlora.data.formats import pokemon_card_example
@@ -161,3 +163,70 @@ def test_the_pictures_of_chat_messages_are_prefetched(file):
     ]
     result = prefetch_images(rows, "messages")
     assert (result.num_already_there, [failed.row for failed in result.failed]) == (1, [2])
+
+
+def test_bad_image_survives_a_worker_process():
+    """The error keeps its parts when a loader worker sends it to the main process."""
+    error = pickle.loads(pickle.dumps(iq.BadImage("'a.png'", "broken")))
+    assert (error.source, error.reason) == ("'a.png'", "broken")
+    assert str(error) == "cannot open the image 'a.png': broken"
+
+
+def test_too_many_bytes_are_refused(picture, tmp_path):
+    """In a file, they are not even read."""
+    small = ImageAccess(max_bytes=100)
+    data = encoded(picture)
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    for source in (path, data, {"bytes": data}):
+        with pytest.raises(iq.BadImage, match="more than 100 bytes"):
+            open_image(source, small)
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(iq.BadImage, match="more than"):
+        open_image(tmp_path / "huge")
+
+
+@pytest.mark.parametrize("field", ["max_bytes", "max_retries", "max_pixels", "read_timeout_s"])
+def test_senseless_limits_are_refused(field):
+    """The error names the field."""
+    with pytest.raises(ValueError, match=f"{field}=-1"):
+        ImageAccess(**{field: -1})
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    """A pipe without a writer, a device, a folder: none hangs, none is read."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), Path("/dev/stdin")):
+        with pytest.raises(iq.BadImage, match="expected a regular file|no such file|more than"):
+            open_image(path)
+    with pytest.raises(iq.BadImage, match="a folder"):
+        open_image(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(iq.BadImage, match="(?i)symbolic link|symlink|loop"):
+        open_image(tmp_path / "loop")
+
+
+def test_paths_stay_in_the_datasets_folder(picture, tmp_path, monkeypatch):
+    """A row cannot name files outside it, unless absolute paths are asked for."""
+    folder = tmp_path / "data"
+    (folder / "in").mkdir(parents=True)
+    for path in (folder / "in" / "a.png", tmp_path / "secret.png"):
+        path.write_bytes(encoded(picture))
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "fine.png").symlink_to("in/a.png")
+    monkeypatch.chdir(tmp_path)
+    access = ImageAccess(folder="data")
+    for path in ("in/a.png", "fine.png", Path("in/a.png"), {"path": "in/a.png"}):
+        assert open_image(path, access).size == picture.size
+    for path in ("../secret.png", "in/../../secret.png", "link.png", "in/../in/a.png"):
+        with pytest.raises(iq.BadImage, match="leads out of"):
+            open_image(path, access)
+    absolute = str(tmp_path / "secret.png")
+    with pytest.raises(iq.BadImage, match="allow_absolute_paths=True"):
+        open_image(absolute, access)
+    assert open_image(absolute).size == picture.size
+    access = ImageAccess(folder=folder, allow_absolute_paths=True)
+    assert open_image(absolute, access).size == picture.size
+    with pytest.raises(iq.BadImage, match="leads out of"):
+        open_image("../secret.png", access)
