@@ -1,6 +1,7 @@
 """What several test files need besides fixtures."""
 
 import io
+import logging
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ def same(a, b):
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    """The bytes of a picture."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -44,3 +46,12 @@ def textured(side: int, seed: int) -> Image.Image:
     grain = np.random.default_rng(seed).normal(0, 12, (*image.size[::-1], 1))
     pixels = np.asarray(image.filter(ImageFilter.SHARPEN)) + grain
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def equal_batches(a, b):
+    """Whether two batches hold the same tensors to the bit."""
+    return same(a.tensors(), b.tensors())
+
+
+def warnings_of(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]

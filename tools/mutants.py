@@ -38,10 +38,16 @@ WIDER = (
     ),
     *(
         "data/test_batches.py",
-        "data/test_rows.py",
-        "model/test_model.py",
+        "data/test_order.py",
+        "data/test_bad_rows.py",
+        "model/test_precision.py",
+        "model/test_adapters.py",
         "training/test_diagnostics.py",
+        "training/test_overflow.py",
+        "training/test_optim.py",
+        "training/test_saving.py",
         "training/test_faults.py",
+        "test_process.py",
     ),
 )
 """Files of tests for a mutant that its own tests did not notice."""
@@ -84,8 +90,8 @@ EVERY_STEP = "training/test_resume.py::test_interrupted_at_every_step"
 OVERFLOWING = f"{EVERY_STEP}[overflowing]"
 FAILING = "training/test_resume.py::test_what_failed_is_made_up_for"
 GROWS = "training/test_resume.py::test_interrupted_while_the_micro_batch_grows"
-STREAM = "data/test_rows.py::test_a_run_over_a_stream_resumes_exactly"
-HALVES = "training/test_faults.py::test_out_of_memory_halves_the_micro_batch"
+STREAM = "data/test_order.py::test_a_run_over_a_stream_resumes_exactly"
+HALVES = "training/test_micro_batch_size.py::test_out_of_memory_halves_the_micro_batch"
 OVERFLOW = "training/test_loop.py::test_an_overflow_skips_the_update"
 TRAINER = "training/test_loop.py::test_parity_with_hugging_face_trainer"
 WINDOW = "training/test_loop.py::test_the_window_decides_not_the_micro_batch"
@@ -168,7 +174,7 @@ MUTANTS = (
         "training/state.py",
         '            taken["rng"] = rng\n',
         "            pass\n",
-        "training/test_faults.py::test_what_is_not_finite_can_be_replayed",
+        "training/test_overflow.py::test_what_is_not_finite_can_be_replayed",
     ),
     _m(
         "another run's settings are accepted",
@@ -239,7 +245,7 @@ MUTANTS = (
         "training/loop.py",
         "parameters[0].grad += loss - loss",
         "pass",
-        "training/test_faults.py::test_an_infinite_loss_is_an_overflow",
+        "training/test_overflow.py::test_an_infinite_loss_is_an_overflow",
     ),
     _m(
         "a skipped window advances the step",
@@ -281,21 +287,21 @@ MUTANTS = (
         "training/optim.py",
         "max(0.0, (total_steps - step) / decay_steps)",
         "max(0.0, (total_steps - step - 1) / decay_steps)",
-        "training/test_loop.py::test_schedules_equal_transformers",
+        "training/test_optim.py::test_schedules_equal_transformers",
     ),
     _m(
         "there is no warm-up",
         "training/optim.py",
         "if step < config.warmup_steps:",
         "if False:",
-        "training/test_loop.py::test_schedules_equal_transformers",
+        "training/test_optim.py::test_schedules_equal_transformers",
     ),
     _m(
         "weight decay is ignored",
         "training/optim.py",
         '"weight_decay": config.weight_decay,',
         '"weight_decay": 0.0,',
-        "training/test_loop.py::test_weights_decay",
+        "training/test_optim.py::test_weights_decay",
     ),
     _m(
         "a window that did not fit leaves its gradient",
@@ -323,21 +329,21 @@ MUTANTS = (
         "training/loop.py",
         "    state.growing = False\n",
         "",
-        "training/test_faults.py::test_auto_grows_until_memory_ends",
+        "training/test_micro_batch_size.py::test_auto_grows_until_memory_ends",
     ),
     _m(
         "the search for an overflow leaves its random states",
         "training/overflow.py",
         "            restore_rng(rng, state.device)\n        if",
         "            pass\n        if",
-        "training/test_faults.py::test_the_search_for_an_overflow_changes_nothing",
+        "training/test_overflow.py::test_the_search_for_an_overflow_changes_nothing",
     ),
     _m(
         "the search for an overflow draws other dropout masks",
         "training/overflow.py",
         "        restore_rng(state.window_rng, state.device)\n        try",
         "        try",
-        "training/test_faults.py::test_the_search_for_an_overflow_changes_nothing",
+        "training/test_overflow.py::test_the_search_for_an_overflow_changes_nothing",
     ),
     _m(
         "an update that broke off half-way is saved",
@@ -351,7 +357,7 @@ MUTANTS = (
         "training/run.py",
         "            allocate_states(self.state.optimizer)\n",
         "            pass\n",
-        "training/test_failures.py::test_states_are_there_before_the_first_step",
+        "training/test_optim.py::test_states_are_there_before_the_first_step",
     ),
     # The loss.
     _m(
@@ -359,7 +365,7 @@ MUTANTS = (
         "model/loss.py",
         "labels[:, 1:].flatten()",
         "labels[:, :-1].flatten()",
-        "model/test_model.py::test_loss_equals_pytorchs_over_the_targets",
+        "model/test_loss.py::test_loss_equals_pytorchs_over_the_targets",
     ),
     _m(
         "the prompt is learnt",
@@ -402,29 +408,29 @@ MUTANTS = (
         "data/order.py",
         "np.random.default_rng((seed, epoch))",
         "np.random.default_rng((seed, 0))",
-        "data/test_batches.py",
-        "data/test_rows.py::test_nothing_takes_a_bad_rows_place",
+        "data/test_order.py",
+        "data/test_bad_rows.py::test_nothing_takes_a_bad_rows_place",
     ),
     _m(
         "every run has the same order",
         "data/order.py",
         "np.random.default_rng((seed, epoch))",
         "np.random.default_rng((0, epoch))",
-        "data/test_batches.py",
+        "data/test_order.py",
     ),
     _m(
         "every epoch has the same crops",
         "data/order.py",
         "np.random.SeedSequence((seed, epoch, row))",
         "np.random.SeedSequence((seed, 0, row))",
-        "data/test_batches.py",
+        "data/test_order.py",
     ),
     _m(
         "every row has the same crop",
         "data/order.py",
         "np.random.SeedSequence((seed, epoch, row))",
         "np.random.SeedSequence((seed, epoch, 0))",
-        "data/test_batches.py",
+        "data/test_order.py",
     ),
     _m(
         "a stream begins anew",
@@ -438,7 +444,7 @@ MUTANTS = (
         "data/order.py",
         'epoch, number = self.position["epoch"], self.position["row"]',
         'number = self.position["row"]',
-        "data/test_rows.py::test_a_stream_gives_its_rows_in_order",
+        "data/test_order.py::test_a_stream_gives_its_rows_in_order",
         STREAM,
     ),
     _m(
@@ -446,28 +452,28 @@ MUTANTS = (
         "data/windows.py",
         "num_tokens=self.lengths[start],",
         "num_tokens=self.lengths[0],",
-        "data/test_batches.py",
+        "data/test_windows.py",
     ),
     _m(
         "loading draws from the global generator",
         "data/workers.py",
         "generator=torch.Generator(),",
         "generator=None,",
-        "training/test_loop.py::test_evaluating_changes_nothing",
+        "evaluation/test_held_out.py::test_evaluating_changes_nothing",
     ),
     _m(
         "loader workers die of a stop signal",
         "process.py",
         "        signal.signal(number, signal.SIG_IGN)\n",
         "        pass\n",
-        "training/test_faults.py::test_loader_workers_ignore_stop_signals",
+        "test_process.py::test_loader_workers_ignore_stop_signals",
     ),
     _m(
         "loader workers keep the lock",
         "data/workers.py",
         "    RunLock.close_in_child()\n",
         "",
-        "training/test_faults.py::test_workers_that_outlive_a_run_do_not_lock_its_folder",
+        "test_process.py::test_workers_that_outlive_a_run_do_not_lock_its_folder",
     ),
     # Evaluation.
     _m(
@@ -475,43 +481,43 @@ MUTANTS = (
         "model/precision.py",
         "            module.training = training\n",
         "            pass\n",
-        "training/test_loop.py::test_evaluate_averages_over_tokens",
-        "training/test_loop.py::test_evaluating_changes_nothing",
+        "evaluation/test_held_out.py::test_evaluate_averages_over_tokens",
+        "evaluation/test_held_out.py::test_evaluating_changes_nothing",
     ),
     _m(
         "an evaluation drops out",
         "model/precision.py",
         "    model.eval()\n    try:\n",
         "    try:\n",
-        "training/test_loop.py::test_evaluating_changes_nothing",
+        "evaluation/test_held_out.py::test_evaluating_changes_nothing",
     ),
     _m(
         "an evaluation averages over batches",
         "evaluation/held_out.py",
         "num_targets += window.num_targets",
         "num_targets += window.num_targets if num_batches == 1 else 0",
-        "training/test_loop.py::test_evaluate_averages_over_tokens",
+        "evaluation/test_held_out.py::test_evaluate_averages_over_tokens",
     ),
     _m(
         "the worst checkpoint is the best",
         "training/saving.py",
         "eval_loss < best_metric",
         "eval_loss != best_metric",
-        "training/test_loop.py::test_the_best_is_loaded_and_never_deleted",
+        "training/test_saving.py::test_the_best_is_loaded_and_never_deleted",
     ),
     _m(
         "the best is not loaded at the end",
         "training/run.py",
         "        if finished and self.config.load_best_model_at_end:\n",
         "        if False:\n",
-        "training/test_loop.py::test_the_best_is_loaded_and_never_deleted",
+        "training/test_saving.py::test_the_best_is_loaded_and_never_deleted",
     ),
     _m(
         "the best checkpoint is deleted",
         "training/saving.py",
         "protected = {state.global_step, state.best_step}",
         "protected = {state.global_step}",
-        "training/test_loop.py::test_the_best_is_loaded_and_never_deleted",
+        "training/test_saving.py::test_the_best_is_loaded_and_never_deleted",
     ),
     # When things happen.
     _m(
@@ -519,28 +525,28 @@ MUTANTS = (
         "training/loop.py",
         "if last or due(state.global_step, config.save_steps):",
         "if due(state.global_step, config.save_steps):",
-        "training/test_loop.py::test_the_last_step_is_evaluated_and_saved",
+        "training/test_saving.py::test_the_last_step_is_evaluated_and_saved",
     ),
     _m(
         "the last step is not evaluated",
         "training/loop.py",
         "(last or due(state.global_step, config.eval_steps))",
         "due(state.global_step, config.eval_steps)",
-        "training/test_loop.py::test_the_last_step_is_evaluated_and_saved",
+        "training/test_saving.py::test_the_last_step_is_evaluated_and_saved",
     ),
     _m(
         "signals do not stop a run",
         "training/loop.py",
         "while state.global_step < state.total_steps and stop.received is None:",
         "while state.global_step < state.total_steps:",
-        "training/test_faults.py::test_a_signal_saves_and_returns",
+        "test_process.py::test_a_signal_saves_and_returns",
     ),
     _m(
         "a stopped run is not saved",
         "training/loop.py",
         "            if stop.received is not None:\n                run.saving.save_if_new()\n",
         "",
-        "training/test_faults.py::test_a_signal_saves_and_returns",
+        "test_process.py::test_a_signal_saves_and_returns",
     ),
     _m(
         "dropout depends on what ran before",
@@ -576,7 +582,7 @@ MUTANTS = (
         "process.py",
         "                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
         "",
-        "training/test_faults.py::test_two_runs_in_one_folder",
+        "test_process.py::test_two_runs_in_one_folder",
     ),
     _m(
         "files are not on the disk when the folder gets its name",
@@ -690,14 +696,14 @@ MUTANTS = (
         "model/precision.py",
         '{"use_reentrant": False}',
         '{"use_reentrant": True}',
-        "model/test_model.py::test_every_adapter_gets_a_gradient",
+        "model/test_precision.py::test_every_adapter_gets_a_gradient",
     ),
     _m(
         "an evaluation repacks 4-bit weights",
         "model/cpu.py",
         "            module.support_avx512bf16_for_cpu = False\n",
         "            pass\n",
-        "model/test_model.py::test_evaluation_does_not_break_training",
+        "model/test_cpu.py::test_evaluation_does_not_break_training",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Batches and windows: interleaving, labels, order.
+"""Batches: interleaving, labels, lengths.
 
 Shapes: B examples, T tokens, N images per example.
 """
@@ -8,18 +8,15 @@ import io
 import json
 from itertools import groupby
 
-import datasets
 import pytest
 import torch
-from helpers import same
+from helpers import equal_batches
 from tokenizers import Tokenizer
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import IGNORE, Collator
 from idefics_qlora.data.formats import as_example
-from idefics_qlora.data.order import EvalBatches, Windows, crop_seed, epoch_order
 from idefics_qlora.data.rows import RowReader
-from idefics_qlora.data.workers import Loading
 
 IMAGE = {"type": "image"}
 QUESTION = "Question: What's on the picture? Answer:"
@@ -77,14 +74,14 @@ def test_flat_and_nested_images_agree(collator, picture):
     ]  # fmt: skip
     batches = [collator([as_example(row)]) for row in rows]
     assert batches[0].vision.image_attention_mask.any(1).tolist() == [[True, True]]
-    assert all(equal(batches[0], batch) for batch in batches[1:])
+    assert all(equal_batches(batches[0], batch) for batch in batches[1:])
     ask = [{"type": "text", "text": "Which is larger?"}]
     answer = {"role": "assistant", "content": "Both."}
     inside = {"type": "image", "image": picture}
     nested = [{"role": "user", "content": [inside, inside, *ask]}, answer]
     flat = [{"role": "user", "content": [IMAGE, IMAGE, *ask]}, answer]
     chats = [{"messages": nested}, {"messages": flat, "images": [picture, picture]}]
-    assert equal(*(collator([as_example(chat)]) for chat in chats))
+    assert equal_batches(*(collator([as_example(chat)]) for chat in chats))
 
 
 def png(picture):
@@ -345,19 +342,6 @@ def test_max_length_never_cuts_an_image(instruct_processor, picture):
     assert kept == {1, 3}
 
 
-def test_a_row_that_cannot_be_decoded_is_named(processor):
-    """A broken picture in a dataset's image column is found when its row is asked for."""
-    rows = datasets.Dataset.from_dict(
-        {"image": [{"bytes": b"no picture", "path": None}], "caption": ["x"]},
-        features=datasets.Features(
-            {"image": datasets.Image(), "caption": datasets.Value("string")}
-        ),
-    )
-    reader = RowReader(rows, "rows", iq.Captions(answer=" {caption}"), Collator(processor))
-    with pytest.raises(ValueError, match=r"rows\[0\]: cannot be read: UnidentifiedImageError"):
-        reader.read(0)
-
-
 def test_ids_beyond_the_embedding_are_named(processor, picture):
     """A processor of another checkpoint is an error here, not a device assert later."""
     collator = Collator(processor, num_embeddings=100)
@@ -376,104 +360,3 @@ def test_left_padding_moves_nothing_else(collator, picture):
         n = len(row.ids)
         for name in ("input_ids", "labels", "image_attention_mask"):
             assert torch.equal(right.tensors()[name][b, :n], left.tensors()[name][b, -n:]), name
-
-
-def windows(processor, examples, **changes):
-    settings = {"seed": 7, "global_batch_size": 16, "augment": True}
-    reader = RowReader(examples, "train_rows", None, Collator(processor))
-    return Windows(reader, **{**settings, **changes})
-
-
-def equal(a, b):
-    return same(a.tensors(), b.tensors())
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
-def test_a_window_is_a_function_of_its_number(processor, examples):
-    """Asked again, in another order or by worker processes: the same window to the bit."""
-    first = windows(processor, examples)
-    expected = [first[w] for w in range(4)]  # 40 rows: window 2 crosses into the second epoch
-    again = windows(processor, examples)
-    for w in (3, 1, 2, 0):
-        assert equal(again[w].batch, expected[w].batch)
-    for workers in (0, 1, 4):
-        with Loading(again, first=1, num_workers=workers) as loading:
-            for w in (1, 2, 3):
-                window = next(loading)
-                assert window.rows == expected[w].rows
-                assert equal(window.batch, expected[w].batch)
-
-
-def test_another_seed_gives_other_windows(processor, examples):
-    """The seed decides order and crops."""
-    a, b = windows(processor, examples)[0], windows(processor, examples, seed=8)[0]
-    assert a.rows != b.rows
-
-
-def test_every_row_has_a_crop_of_its_own():
-    """In each epoch and run another: no two of 200 seeds are the same."""
-    seeds = {crop_seed(run, epoch, row) for run in (1, 2) for epoch in (0, 1) for row in range(50)}
-    assert len(seeds) == 200
-
-
-def test_every_epoch_is_a_permutation(processor, examples):
-    """Each row comes once per epoch, windows go on without a break at the border."""
-    every = windows(processor, examples)
-    positions = [position for w in range(5) for position in every.positions(w)]  # 80 = two epochs
-    for epoch in (0, 1):
-        assert sorted(row for e, row in positions if e == epoch) == list(range(40))
-    orders = [[row for e, row in positions if e == epoch] for epoch in (0, 1)]
-    assert orders[0] != orders[1]
-    assert epoch_order(7, 0, 40).tolist() == orders[0]
-
-
-def test_micro_batches_are_what_collating_them_alone_gives(processor, examples, picture):
-    """A window's parts, cut to their own longest example, equal batches made of those examples."""
-    several = [iq.Example([picture, picture, "What are they?"], " Two."), *examples[:15]]
-    window = windows(processor, several, augment=False)[0]
-    parts = window.micro_batches(3)
-    assert [len(part.input_ids) for part in parts] == [3, 3, 3, 3, 3, 1]
-    assert {part.vision.pixel_values.shape[1] for part in parts} == {1, 2}
-    assert sum(part.num_targets for part in parts) == window.num_targets
-    assert [part.input_ids.shape[1] for part in parts] == list(window.lengths[::3])
-    collator = Collator(processor)
-    by_length = sorted(
-        (several[row] for row in window.rows),
-        key=lambda example: len(collator.tokens([example])[0].ids),
-        reverse=True,
-    )
-    for i, part in enumerate(parts):
-        assert equal(part, collator(by_length[3 * i : 3 * i + 3]))
-
-
-def test_augmentation_crops_each_epoch_anew(processor, examples):
-    """A row's picture differs between epochs; without augmentation it is the processor's."""
-    reader = RowReader(examples[:1], "train_rows", None, Collator(processor))
-    settings = {"seed": 7, "global_batch_size": 1}
-    cropped = Windows(reader, augment=True, **settings)
-    pictures = [cropped[w].batch.vision.pixel_values for w in range(4)]
-    assert not all(torch.equal(pictures[0], other) for other in pictures[1:])
-    plain = Windows(reader, augment=False, **settings)[0].batch
-    (expected,) = reader.collator.pixels(examples[0].prompt)
-    assert torch.equal(plain.vision.pixel_values[0, 0], expected)
-
-
-def test_evaluation_keeps_the_order(processor, examples):
-    """Every row once, in order, the last batch smaller."""
-    batches = EvalBatches(RowReader(examples[:7], "eval_rows", None, Collator(processor)), 3)
-    sizes = [len(window.rows) for window in Loading(batches)]
-    assert sizes == [3, 3, 1]
-    assert sorted(batches[1].rows) == [3, 4, 5]
-
-
-@pytest.mark.parametrize("rows", [[], {}])
-def test_no_rows_is_an_error(processor, rows):
-    """An empty training set is found before anything is computed."""
-    with pytest.raises(ValueError, match="train_rows is empty"):
-        RowReader(rows, "train_rows", None, Collator(processor))
-
-
-def test_rows_need_a_length(processor):
-    """A generator cannot be drawn from by number."""
-    with pytest.raises(TypeError, match="train_rows is a generator: expected a sequence"):
-        RowReader((row for row in ()), "train_rows", None, Collator(processor))

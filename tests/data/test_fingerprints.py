@@ -1,12 +1,11 @@
 """What tells the rows of a run from others, and what does not."""
 
 import copy
-import io
 import json
 
 import datasets
 import pytest
-from helpers import config_of
+from helpers import config_of, encoded
 from PIL import Image, ImageFile
 
 import idefics_qlora as iq
@@ -18,13 +17,6 @@ from idefics_qlora.data.rows import RowReader
 from idefics_qlora.images.opening import open_image
 
 QUESTION = "Question: What's on the picture? Answer:"
-
-
-def encoded(image, kind="PNG"):
-    """The bytes of a picture."""
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
 
 
 def another_decoder(monkeypatch):

@@ -1,12 +1,17 @@
 """Whether a model looks is decided so that it holds over the evaluations of a run."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
+import torch
+from helpers import config_of, warnings_of
 
 import idefics_qlora as iq
+from idefics_qlora.data.formats import pokemon_card_example
 from idefics_qlora.evaluation.image_use import LEAST_GAIN, LEVEL, chance_of
+from idefics_qlora.families import FAMILIES
 
 ROWS, EVALUATIONS, RUNS = 64, 50, 1000
 NAN3 = (math.nan,) * 3
@@ -96,3 +101,128 @@ def test_few_rows_cannot_tell():
     assert chance_of(np.ones(14)) > LEVEL > chance_of(np.ones(15))
     assert chance_of(np.zeros(64)) == 1.0
     assert chance_of(-np.ones(64)) == 1.0
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A tiny model that has begun to read cards, and held-out cards."""
+    model, processor = iq.tiny.load_model(device="cpu")
+    model = iq.add_lora(model)
+    config = iq.TrainConfig(
+        output_dir=tmp_path_factory.mktemp("taught"),
+        max_steps=24,
+        global_batch_size=16,
+        micro_batch_size=16,
+        learning_rate=8e-3,
+        load_best_model_at_end=False,
+        num_workers=0,
+    )
+    torch.manual_seed(0)
+    cards = iq.tiny.creature_cards(400, seed=0)
+    iq.train(model, processor, cards, config=config, to_example=pokemon_card_example)
+    return model, processor, iq.tiny.creature_cards(24, seed=1, split="held_out")
+
+
+def test_a_model_that_looks(taught):
+    """Its loss is lower with the own picture, beyond the interval; its texts read the picture."""
+    model, processor, cards = taught
+    before = torch.get_rng_state()
+    use = iq.image_use(
+        model, processor, cards, to_example=pokemon_card_example, fields=iq.tiny.card_fields
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert use.looks
+    assert use.num_rows == 24
+    assert use.loss["own"] < min(use.loss["another"], use.loss["blank"])
+    assert 0 < use.gain[1] < use.gain[0] < use.gain[2]
+    assert use.gain[0] == pytest.approx(use.loss["another"] - use.loss["own"], rel=1e-6)
+    texts = iq.generate(model, processor, [pokemon_card_example(card).prompt for card in cards])
+    right = [
+        iq.tiny.card_fields(text).get("name") == card["name"]
+        for text, card in zip(texts, cards, strict=True)
+    ]
+    assert use.fields["name"]["own"] == pytest.approx(sum(right) / len(right))
+    assert use.fields.keys() == iq.tiny.FIELDS.keys()
+    assert str(use).startswith("This model looks at the pictures")
+    again = iq.image_use(model, processor, cards, to_example=pokemon_card_example)
+    assert again.gain == use.gain
+    other = iq.image_use(model, processor, cards, to_example=pokemon_card_example, seed=1)
+    assert other.loss["own"] == use.loss["own"]
+    assert other.gain != use.gain
+
+
+def test_a_model_that_does_not_look(taught, tmp_path, caplog):
+    """With its pictures hidden from the text it answers as well with any: said in a sentence."""
+    model, processor, cards = taught
+    blind = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in blind.named_parameters():
+            if "alpha" in name:  # the gates of the cross-attention
+                parameter.zero_()
+    use = iq.image_use(blind, processor, cards, to_example=pokemon_card_example)
+    assert not use.looks
+    assert use.gain[0] == pytest.approx(0.0, abs=1e-6)
+    assert str(use).startswith("This model does not look at the pictures")
+    config = config_of(
+        tmp_path,
+        eval_image_use=True,
+        eval_steps=2,
+        global_batch_size=4,
+        allow_dead_parts=FAMILIES["idefics"].parts,
+        max_steps=2,
+    )
+    result = iq.train(
+        blind, processor, cards, cards[:4], config=config, to_example=pokemon_card_example
+    )
+    (record,) = [r for r in result.log_history if "eval_loss" in r]
+    assert record["eval_looks"] == 0.0
+    assert record["eval_loss_another_image"] == pytest.approx(record["eval_loss"], rel=1e-5)
+    assert any("does not look at the pictures" in text for text in warnings_of(caplog))
+
+
+def test_a_model_that_all_but_ignores_pictures(taught):
+    """Gates nearly shut: a gain above its 95 % interval's zero, and yet too little to matter."""
+    model, processor, cards = taught
+    dim = copy.deepcopy(model)
+    for name, parameter in dim.named_parameters():
+        if "alpha" in name:
+            parameter.data *= 0.003
+    use = iq.image_use(dim, processor, cards, to_example=pokemon_card_example)
+    assert use.gain[1] > 0
+    assert not use.looks
+    assert str(use).startswith("This model hardly looks at the pictures")
+
+
+def test_rows_that_share_a_picture_are_one_witness(taught):
+    """Four pictures asked about eight times each tell no more than four rows do."""
+    model, processor, cards = taught
+    use = iq.image_use(model, processor, cards[:4] * 8, to_example=pokemon_card_example)
+    assert use.num_rows == 32
+    assert use.gain[1] > 0.1
+    assert str(use).startswith("32 rows cannot tell")
+
+
+def test_pictures_are_needed_to_tell(base, processor, examples):
+    """Fewer than two rows with pictures cannot be compared."""
+    rows = [examples[0], iq.Example(["What?"], " Nothing.")]
+    with pytest.raises(ValueError, match="1 of 2 rows have a picture: expected two or more"):
+        iq.image_use(base, processor, rows)
+
+
+def test_rows_with_several_pictures_are_exchanged(base, processor, examples, picture):
+    """A row keeps its number of pictures, all of them from other rows."""
+    rows = [
+        iq.Example([examples[0].prompt[0], picture, "Two?"], " Yes."),
+        examples[1],
+        iq.Example(["None?"], " No."),
+    ]
+    assert iq.image_use(base, processor, rows).num_rows == 2
+
+
+def test_rows_that_share_a_picture_get_others(base, processor, examples, picture):
+    """Several questions about one picture are not exchanged among themselves."""
+    shared = [iq.Example([picture, f"Question {i}?"], " Yes.") for i in range(3)]
+    use = iq.image_use(base, processor, [*shared, examples[0]])
+    assert use.gain[0] != 0.0
+    with pytest.raises(ValueError, match="all rows show the same pictures"):
+        iq.image_use(base, processor, shared)

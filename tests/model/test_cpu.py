@@ -2,12 +2,16 @@
 
 import copy
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from gradients import backward, open_adapters
 from torch import nn
 
+import idefics_qlora as iq
+from idefics_qlora.data.batches import Collator
 from idefics_qlora.model.cpu import prepare_for_cpu
 
 
@@ -75,3 +79,19 @@ def test_a_copy_uses_its_own_weights(layers):
     with torch.autocast("cpu", dtype=torch.float16):
         assert (twin[0](x) == 0).all()
         assert (layers[0](x) != 0).any()
+
+
+def test_evaluation_does_not_break_training(lora, processor, examples):
+    """On a CPU with AVX512-BF16, bitsandbytes repacks weights in an evaluation: not with us."""
+    quantised = [m for m in lora.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert not any(module.support_avx512bf16_for_cpu for module in quantised)
+    open_adapters(lora)
+    batch = Collator(processor)(examples[:2])
+    lora.eval()
+    backward(lora, batch)
+    before = [p.grad.clone() for p in lora.parameters() if p.requires_grad]
+    lora.zero_grad()
+    iq.evaluate(lora, processor, examples[:2])
+    backward(lora, batch)
+    after = [p.grad for p in lora.parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -12,7 +12,6 @@ import torch
 from helpers import config_of, same
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import get_worker_info
@@ -21,7 +20,6 @@ import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.data.order import epoch_order
 from idefics_qlora.model.adapters import trainable_parameters
-from idefics_qlora.training.optim import allocate_states, make_optimizer, optimizer_state
 
 SETTINGS = {
     "max_steps": 4,
@@ -148,45 +146,6 @@ def test_a_failing_save_does_not_hide_the_failure(lora, processor, examples, tmp
     config = config_of(tmp_path / "run", **SETTINGS)
     with pytest.raises(RuntimeError, match=r"the first; in window 2 .*could not be saved"):
         iq.train(lora, processor, examples, config=config)
-
-
-@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch"])
-def test_states_are_there_before_the_first_step(lora, processor, examples, tmp_path, optim):
-    """Running out of memory for them cannot leave half an update."""
-    seen = []
-
-    def look(optimizer, *_):
-        seen.append([len(optimizer.state[p]) > 1 for p in optimizer.param_groups[0]["params"]])
-
-    hook = register_optimizer_step_pre_hook(look)
-    try:
-        config = config_of(tmp_path, **{**SETTINGS, "max_steps": 1, "optim": optim})
-        iq.train(lora, processor, examples, config=config)
-    finally:
-        hook.remove()
-    assert len(seen) == 1
-    assert all(seen[0])
-
-
-@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw_torch"])
-def test_states_made_early_are_those_made_in_time(optim):
-    """The same states and the same steps, to the bit, also for what gets a gradient late."""
-    ends = []
-    for early in (True, False):
-        torch.manual_seed(0)
-        parameters = [torch.nn.Parameter(torch.randn(n)) for n in (100, 5000, 70_000)]
-        config = iq.TrainConfig(output_dir="unused", optim=optim, weight_decay=0.1)
-        optimizer = make_optimizer(parameters, config)
-        if early:
-            allocate_states(optimizer)
-        for step in range(4):
-            for parameter in parameters[: 2 if step < 2 else 3]:
-                parameter.grad = torch.randn_like(parameter)
-            optimizer.step()
-        tensors, scalars = optimizer_state(optimizer, {p: str(p.numel()) for p in parameters})
-        ends.append(({**tensors, **{str(p.numel()): p.data for p in parameters}}, scalars))
-    assert same(ends[0][0], ends[1][0])
-    assert ends[0][1] == ends[1][1]
 
 
 def test_a_stale_gradient_is_not_learnt(base, processor, examples, tmp_path, whole):
