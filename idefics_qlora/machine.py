@@ -81,17 +81,40 @@ def usable_cpus(root: Path = Path("/")) -> int:
         files = (mounted / f"cpu/cpu.cfs_{name}_us" for name in ("quota", "period"))
         quota, period = (int(file.read_text()) for file in files)
         cpus = min(cpus, quota / period) if quota > 0 and period > 0 else cpus
-    own = ""
+    for group in _groups(root):
+        with suppress(OSError, ValueError):  # "max 100000", or no version 2
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            cpus = min(cpus, quota / period)
+    return max(1, int(cpus))
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process may still take: what is available and its cgroups allow.
+
+    Args:
+        root: Where the files of the kernel are.
+    """
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    available = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
+    for group in _groups(root):
+        with suppress(OSError, ValueError):  # "max", or no version 2
+            limit = int((group / "memory.max").read_text())
+            used = int((group / "memory.current").read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used -= int(stat.get("inactive_file", 0))  # files' pages, which give way
+            available = min(available, max(0, limit - used))
+    return available
+
+
+def _groups(root: Path) -> list[Path]:
+    """Folders of this process's cgroup (version 2) and those above it, as far as they are seen."""
+    mounted = root / "sys/fs/cgroup"
+    own = "."
     with suppress(OSError):
         lines = (root / "proc/self/cgroup").read_text().splitlines()
-        own = next((line[4:] for line in lines if line.startswith("0::/")), "")
-    folder = mounted / own
-    while folder.is_relative_to(mounted):  # a quota of any level holds; outside, none is seen
-        with suppress(OSError, ValueError):  # "max 100000", or no version 2
-            quota, period = map(int, (folder / "cpu.max").read_text().split())
-            cpus = min(cpus, quota / period)
-        folder = folder.parent
-    return max(1, int(cpus))
+        own = next((line[4:] for line in lines if line.startswith("0::/")), ".")
+    folder = Path(os.path.normpath(mounted / own))
+    return [path for path in (folder, *folder.parents) if path.is_relative_to(mounted)] or [mounted]
 
 
 def _version(package: str) -> str | None:

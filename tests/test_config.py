@@ -60,7 +60,7 @@ def test_fields_are_frozen_names():
             "eval_samples",
         ),
         "checkpoints": ("save_steps", "save_total_limit", "load_best_model_at_end", "resume"),
-        "data": ("loss_on", "max_length", "augment", "num_workers"),
+        "data": ("loss_on", "max_length", "augment", "num_workers", "cache_images"),
         "faults": ("on_bad_row", "on_save_error", "loader_timeout_s", "allow_dead_parts"),
     }
     names = [field.name for field in dataclasses.fields(iq.TrainConfig)]
@@ -95,6 +95,7 @@ def test_every_problem_is_reported_at_once():
             max_length=1,
             augment="yes",
             num_workers="many",
+            cache_images="tape",
             max_grad_norm=-1,
         )
     message = str(caught.value)
@@ -109,6 +110,7 @@ def test_every_problem_is_reported_at_once():
         "loss_on='prompt'",
         "max_length=1",
         "augment='yes'",
+        "cache_images='tape': expected one of disk, memory",
         "num_workers='many': expected 'auto' or a whole number of at least 0",
         "max_grad_norm=-1",
     ):

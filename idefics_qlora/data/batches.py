@@ -6,7 +6,8 @@ Shapes: B examples, T tokens, N images per example, S the side in pixels of the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise, repeat
 from typing import Any, Literal
@@ -26,7 +27,8 @@ from idefics_qlora.data.example import (
 from idefics_qlora.families import family_of_processor
 from idefics_qlora.families.family import Piece, Said, Vision
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
-from idefics_qlora.images.opening import open_image
+from idefics_qlora.images.kept import Kept
+from idefics_qlora.images.opening import open_image, opening_for
 
 IGNORE = -100
 """Label of a token that is no target (the default ``ignore_index`` of PyTorch's cross-entropy)."""
@@ -115,6 +117,7 @@ class Collator:
             loses the end of its completion, with the end token; in a dialogue, later turns and
             their images first. ``None``: no limit.
         access: What pictures are opened with.
+        kept: Decoded pictures, looked up before one is decoded.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class Collator:
         num_embeddings: int | None = None,
         max_length: int | None = None,
         access: ImageAccess = DEFAULT_ACCESS,
+        kept: Kept | None = None,
     ) -> None:
         check_choice("loss_on", loss_on, LossOn)
         self.reader = family_of_processor(processor).reader(processor)
@@ -132,6 +136,7 @@ class Collator:
         self.num_embeddings = num_embeddings
         self.max_length = max_length
         self.access = access
+        self.kept = kept
         ids_of = self.tokenizer.convert_tokens_to_ids
         self.image_id = ids_of(self.reader.image_token)
         self.image_ids: list[int] = ids_of(list(self.reader.image_tokens))
@@ -284,7 +289,21 @@ class Collator:
     ) -> list[Image.Image]:
         """The prompt's images as RGB pictures; otherwise as :meth:`pixels`."""
         number = None if tokens is None else tokens.ids.count(self.image_id)
-        return [open_image(item, self.access) for item in prompt_images(prompt)[:number]]
+        with self.opening():
+            return [open_image(item, self.access) for item in prompt_images(prompt)[:number]]
+
+    @contextmanager
+    def decoding_all(self) -> Iterator[None]:
+        """Let nothing that is kept be used in this block, so that its time is that of decoding."""
+        kept, self.kept = self.kept, None
+        try:
+            yield
+        finally:
+            self.kept = kept
+
+    def opening(self) -> AbstractContextManager[None]:
+        """Lets pictures opened in this block be meant for the model, wherever that is done."""
+        return opening_for(self.reader.side, self.kept)
 
     def squares(self, pictures: Sequence[Image.Image], crop_seed: int | None) -> list[Tensor]:
         """RGB pictures as the model's square; otherwise as :meth:`pixels`."""

@@ -105,6 +105,8 @@ class FirstRows:
         self.errors: list[str] = []
         self._asked_at = 0.0
         self._seconds: list[float] = []
+        self.num_pictures = self.num_decoded = 0
+        """Pictures that this library has decoded; the others were decoded before it got them."""
         self._pixel_bytes: list[int] = []
         self._numbers: dict[str, list[tuple[bool, int, str]]] = defaultdict(list)
         self._to_repeat = 0 if isinstance(reader.to_example, Captions | None) else REPEATED_ROWS
@@ -145,6 +147,9 @@ class FirstRows:
     ) -> None:
         self._seconds.append(time.perf_counter() - self._asked_at)
         self._pixel_bytes.append(sum(square.nbytes for square in pixels))
+        marks = (getattr(picture, "idefics_qlora_origin", None) for picture in pictures)
+        self.num_pictures += len(pictures)
+        self.num_decoded += sum(isinstance(mark, (list, bytes, bytearray)) for mark in marks)
         collator = self.reader.collator
         name = f"{self.reader.name}[{index}]"
         squares = [digest(square) for square in pixels]

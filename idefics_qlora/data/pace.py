@@ -75,21 +75,32 @@ def _free_shared_bytes() -> float:
     return float(there.f_bavail * there.f_frsize)
 
 
-def what_helps(num_workers: int, *, is_stream: bool = False, cpus: int | None = None) -> str:
+def what_helps(
+    num_workers: int,
+    *,
+    is_stream: bool = False,
+    is_cached: bool = False,
+    is_draft: bool = False,
+    cpus: int | None = None,
+) -> str:
     """What to set where training waits for data, what helps most first.
 
     Args:
         num_workers: Processes that load now.
         is_stream: Whether the rows are a stream, which one process reads.
+        is_cached: Whether decoded pictures are kept already.
+        is_draft: Whether large JPEGs are decoded at reduced size already.
         cpus: CPUs there are; by default those that this process may use.
     """
     cpus = usable_cpus() if cpus is None else cpus
     ways = []
     if is_stream:
-        ways.append("pass rows with numbers instead of a stream, which one process alone reads")
+        ways.append("pass rows with numbers instead of a stream, which one process reads")
     elif num_workers < cpus - 1:
         ways.append(f"raise num_workers (now {num_workers}; {cpus} CPUs may be used)")
-    else:
-        ways.append(f"a machine with more CPUs (all {cpus} are used)")
-    ways.append("smaller picture files")
+    if not is_cached:
+        ways.append("set cache_images='disk', if rows are used more than once")
+    if not is_draft:
+        ways.append("pass access=ImageAccess(draft=True), for large JPEGs")
+    ways.append("make the picture files smaller")
     return "; or ".join(ways)

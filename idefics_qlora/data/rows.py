@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from numbers import Integral
@@ -15,9 +16,9 @@ from idefics_qlora.data.bad_rows import BadRow
 from idefics_qlora.data.batches import Collator, Tokens
 from idefics_qlora.data.example import Example, ToExample, naming_row
 from idefics_qlora.data.fingerprints import Fingerprint, hash_given, hash_tensors, mark_origins
-from idefics_qlora.data.formats import Captions, as_example
+from idefics_qlora.data.formats import Captions, as_example, pokemon_card_example
 from idefics_qlora.data.windows import Window
-from idefics_qlora.images.access import BadImage
+from idefics_qlora.images.access import BadImage, ImageAccess
 
 
 @runtime_checkable
@@ -92,9 +93,24 @@ class RowReader:
         self.name = name
         self.to_example = to_example
         self.collator = collator
+        self._encoded_rows = None
+        is_known = isinstance(to_example, Captions | None) or to_example is pokemon_card_example
+        if is_known and (collator.kept is not None or collator.access.draft):
+            self._encoded_rows = encoded_rows(rows)  # a user's function gets its row as it is
 
     def __len__(self) -> int:
         return len(self.rows)  # type: ignore[arg-type]  # not asked of a stream
+
+    def row(self, number: int) -> Any:
+        """A row by its number.
+
+        Pictures that ``datasets`` stores are left encoded where that saves decoding them in full.
+        """
+        if self._encoded_rows is not None:
+            row, access = self._encoded_rows[number], self.collator.access
+            if all(_can_be_opened(row[name], access) for name in picture_columns(self.rows)):
+                return row
+        return self.rows[number]  # type: ignore[index]
 
     def read(
         self, index: int, crop_seed: int | None = None, look: Look | None = None
@@ -110,7 +126,7 @@ class RowReader:
             ValueError: If the row is no valid example (``BadImage`` if an image is the reason).
         """
         with naming_row(f"{self.name}[{index}]"):
-            _, tokens, pixels = self._convert(self.rows[index], crop_seed, look)  # type: ignore[index]
+            _, tokens, pixels = self._convert(self.row(index), crop_seed, look)
             return tokens, pixels
 
     def window(
@@ -217,7 +233,8 @@ class RowReader:
                 if isinstance(row.get(column), Integral):
                     with naming_row(f"{column}={row[column]}"):
                         row[column] = names.int2str(int(row[column]))
-        return as_example(row, self.to_example, self.collator.access)
+        with self.collator.opening():
+            return as_example(row, self.to_example, self.collator.access)
 
     def decoded(self, row: Any) -> Any:
         """A stream's row with its pictures decoded; rows with numbers are so already."""
@@ -243,7 +260,7 @@ class RowReader:
         name = f"{self.name}[{number}]"
         try:
             with naming_row(name):
-                decoded = self.rows[number] if row is ... else self.decoded(row)  # type: ignore[index]
+                decoded = self.row(number) if row is ... else self.decoded(row)
                 if marked:
                     mark_origins(decoded, self._encoded(number) if row is ... else row)
                 return self._convert(decoded, crop_seed, look)
@@ -270,6 +287,34 @@ class RowReader:
         if look is not None:
             look(row, example, tokens, pictures, pixels)
         return example, tokens, pixels
+
+
+def picture_columns(rows: Rows) -> list[str]:
+    """The columns of a table of ``datasets`` that hold encoded pictures and are given as such."""
+    features, form = getattr(rows, "features", None), getattr(rows, "format", None)
+    if not isinstance(features, dict) or not isinstance(form, dict) or form.get("type") is not None:
+        return []  # no table, a stream, or one with a transform of the user's
+    return [
+        column
+        for column, feature in features.items()
+        if type(feature).__name__ == "Image" and feature.decode and feature.mode is None
+    ]
+
+
+def encoded_rows(rows: Rows) -> Any:
+    """A table of ``datasets`` with its pictures still encoded; ``None`` for other rows."""
+    table: Any = rows
+    columns = picture_columns(rows)
+    for column in columns:
+        table = table.cast_column(column, type(table.features[column])(decode=False))
+    return table if columns else None
+
+
+def _can_be_opened(value: Any, access: ImageAccess) -> bool:
+    """Whether a stored picture is what ``open_image`` opens as ``datasets`` does."""
+    if value is None or value["bytes"] is not None:
+        return True
+    return access.folder is None and os.path.isfile(value["path"] or "")
 
 
 def class_names(rows: Rows) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def generate(
     notices = Notices()
     tokens, pixels = [], []
     for i, prompt in enumerate(prompts):
-        with naming_row(f"prompts[{i}]"), opening_with(access):
+        with naming_row(f"prompts[{i}]"), opening_with(access), collator.opening():
             prompt = as_prompt(prompt)
             for kind, line in text_findings(prompt, collator.forged):
                 notices.warn(kind, f"prompts[{i}]: {line}")

@@ -33,7 +33,7 @@ class EvalSamples:
             if len(self.rows) == number:
                 break
             try:
-                example = reader.example(reader.rows[index])  # type: ignore[index]
+                example = reader.example(reader.row(index))
                 pixels = self.collator.pixels(example.prompt)
             except Exception:
                 continue  # it is noted when its batch is evaluated

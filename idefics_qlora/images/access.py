@@ -56,6 +56,12 @@ class ImageAccess:
     """Pixels above which a picture is refused undecoded. ``PIL.Image.MAX_IMAGE_PIXELS`` holds as
     well."""
 
+    draft: bool = False
+    """A JPEG far larger than the model's square is decoded at 1/2, 1/4 or 1/8 of its size, so that
+    what is scaled down to the square has at least twice its side: quicker, and pixels differ by
+    0.1 to 0.3 of 255 levels in the mean. A run cannot change it; pass it to ``evaluate`` and
+    ``generate`` as well."""
+
     connect_timeout_s: float = 10.0
     """Seconds for the name's look-up, and for each connection with its TLS handshake."""
 

@@ -1,8 +1,9 @@
-"""Downloads, kept on disk."""
+"""Files in the user's cache folder: whole or not there, and bounded; downloads, kept in them."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 import time
@@ -10,6 +11,74 @@ import warnings
 from pathlib import Path
 
 from idefics_qlora.images.access import ImageAccess
+
+
+def cache_folder(access: ImageAccess) -> Path:
+    """Where everything is kept: ``access.cache_dir``, or what it says of ``None``."""
+    folder = access.cache_dir or os.environ.get("IDEFICS_QLORA_CACHE")
+    if not folder:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home) / "idefics_qlora"
+    return Path(folder).expanduser()
+
+
+def write_whole(path: Path, *parts: bytes) -> None:
+    """Write a file that appears by one rename, so that it is whole or not there.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+    try:
+        with open(file, "wb") as stream:
+            stream.writelines(parts)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def make_room(
+    folder: Path, max_bytes: int, num_new_bytes: int, used_before: float = math.inf
+) -> bool:
+    """Remove the files not used for longest if there are too many bytes.
+
+    Args:
+        folder: Has folders with the files.
+        max_bytes: Bytes that there may be.
+        num_new_bytes: Bytes that this process has just written, or is about to.
+        used_before: Only files whose last use, in seconds since the epoch, was before may go.
+
+    Returns:
+        Whether there is room for more.
+    """
+    # Looking at every file for each new one would be slow. A process looks when it has written
+    # a 20th of the limit, and leaves a 20th free: alone it never exceeds the limit, and each
+    # further process that writes at the same time exceeds it by a 20th at most.
+    slack = max_bytes // 20
+    _unseen_bytes[folder] = _unseen_bytes.get(folder, slack) + num_new_bytes
+    if _unseen_bytes[folder] < slack:
+        return True
+    _unseen_bytes[folder] = 0
+    files, num_bytes = [], 0
+    for path in folder.glob("*/*"):
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # another process removed it
+            continue
+        num_bytes += status.st_size
+        if not path.name.startswith("."):
+            if status.st_mtime < used_before:
+                files.append((status.st_mtime_ns, status.st_size, path))
+        elif status.st_mtime < time.time() - 3600:  # a killed process' unfinished file
+            files.append((-1, status.st_size, path))
+    excess = num_bytes - (max_bytes - slack)
+    for last_used, size, path in sorted(files):
+        if excess > 0 or last_used == -1:
+            path.unlink(missing_ok=True)
+            excess -= size
+    return excess <= 0
 
 
 class Cache:
@@ -23,11 +92,7 @@ class Cache:
     """
 
     def __init__(self, access: ImageAccess) -> None:
-        folder = access.cache_dir or os.environ.get("IDEFICS_QLORA_CACHE")
-        if not folder:
-            home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-            folder = Path(home) / "idefics_qlora"
-        self.folder = Path(folder).expanduser() / "pictures"
+        self.folder = cache_folder(access) / "pictures"
         self.max_bytes = access.max_cache_bytes
         self._allow_private_hosts = access.allow_private_hosts
 
@@ -70,17 +135,8 @@ class Cache:
             return
         path = self._path(url, is_public)
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
-            try:
-                with open(file, "wb") as stream:
-                    stream.write(hashlib.sha256(data).digest())
-                    stream.write(data)
-                os.replace(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-            self._make_room(len(data) + 32)
+            write_whole(path, hashlib.sha256(data).digest(), data)
+            make_room(self.folder, self.max_bytes, len(data) + 32)
         except OSError as error:
             warnings.warn(
                 f"downloaded pictures cannot be kept in {self.folder} ({error}), so they are "
@@ -88,32 +144,6 @@ class Cache:
                 RuntimeWarning,
                 stacklevel=2,
             )
-
-    def _make_room(self, num_new_bytes: int) -> None:
-        # Looking at every file for each new one would be slow. A process looks when it has written
-        # a 20th of the limit, and leaves a 20th free: alone it never exceeds the limit, and each
-        # further process that writes at the same time exceeds it by a 20th at most.
-        slack = self.max_bytes // 20
-        _unseen_bytes[self.folder] = _unseen_bytes.get(self.folder, slack) + num_new_bytes
-        if _unseen_bytes[self.folder] < slack:
-            return
-        _unseen_bytes[self.folder] = 0
-        files, num_bytes = [], 0
-        for path in self.folder.glob("*/*"):
-            try:
-                status = path.stat()
-            except FileNotFoundError:  # another process removed it
-                continue
-            num_bytes += status.st_size
-            if not path.name.startswith("."):
-                files.append((status.st_mtime_ns, status.st_size, path))
-            elif status.st_mtime < time.time() - 3600:  # a killed process' unfinished file
-                files.append((-1, status.st_size, path))
-        excess = num_bytes - (self.max_bytes - slack)
-        for last_used, size, path in sorted(files):
-            if excess > 0 or last_used == -1:
-                path.unlink(missing_ok=True)
-                excess -= size
 
 
 _unseen_bytes: dict[Path, int] = {}

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,10 +26,28 @@ from idefics_qlora.images.access import (
     read_file,
 )
 from idefics_qlora.images.decode import decode
+from idefics_qlora.images.kept import Kept, key_of
 
 Source: TypeAlias = "str | os.PathLike[str] | bytes | Mapping[str, Any] | Image.Image"
 
 logger = logging.getLogger(__name__)
+
+_purpose: ContextVar[tuple[int | None, Kept | None]] = ContextVar("purpose", default=(None, None))
+
+
+@contextmanager
+def opening_for(side: int, kept: Kept | None = None) -> Iterator[None]:
+    """Let pictures opened in this block be meant for a model; a ``to_example`` knows of none.
+
+    Args:
+        side: S, which ``ImageAccess.draft`` asks for.
+        kept: Decoded pictures, looked up before one is decoded.
+    """
+    token = _purpose.set((side, kept))
+    try:
+        yield
+    finally:
+        _purpose.reset(token)
 
 
 def open_image(
@@ -47,7 +66,8 @@ def open_image(
         min_side: Side in pixels of the square the picture is for. A large JPEG is then decoded at
             1/2, 1/4 or 1/8 of its size, which is faster, but stays large enough that a random crop
             of it is scaled down by 2 or more. The same seed then gives another crop, because crops
-            are drawn in whole pixels. ``None``: decoded in full.
+            are drawn in whole pixels. ``None``: decoded in full, or, with ``access.draft`` and
+            where a model asks for the row, for that model's square.
 
     Returns:
         The decoded RGB image. Transparency is composited on white, 16-bit and floating-point values
@@ -61,19 +81,21 @@ def open_image(
     """
     name = _describe(source)
     access = access_in_force() if access is None else access
+    if min_side is None and access.draft:
+        min_side, _ = _purpose.get()
     try:
         if isinstance(source, Image.Image):
             return mark_origin(decode(source, name, access, min_side), source)
         if isinstance(source, Mapping):
             source = _from_mapping(source)
         if isinstance(source, (bytes, bytearray)):
-            return mark_origin(decode(source, name, access, min_side), source)
+            return mark_origin(_decode(source, name, access, min_side), source)
         if isinstance(source, str) and is_url(source):
             return mark_origin(_open_url(source, name, access, min_side), ["url", source])
         if isinstance(source, (str, os.PathLike)):
             data = read_file(source, access)
             file = ["file", Path(source).name, len(data)]
-            return mark_origin(decode(data, name, access, min_side), file)
+            return mark_origin(_decode(data, name, access, min_side), file)
         raise BadImage(
             name,
             f"{type(source).__name__} is no image; "
@@ -85,6 +107,21 @@ def open_image(
     # ZeroDivisionError, ...), so every exception here means the same: a bad picture.
     except Exception as error:
         raise BadImage(name, f"{type(error).__name__}: {error}") from error
+
+
+def _decode(
+    data: bytes | bytearray, name: str, access: ImageAccess, min_side: int | None
+) -> Image.Image:
+    """Encoded bytes as RGB, from what is kept if they are there."""
+    _, kept = _purpose.get()
+    if kept is None:
+        return decode(data, name, access, min_side)
+    key = key_of(data, access, min_side)
+    image = kept.get(key)
+    if image is None:
+        image = decode(data, name, access, min_side)
+        kept.put(key, image)
+    return image
 
 
 def mark_origin(image: Image.Image, source: Source | list[Any]) -> Image.Image:
@@ -144,7 +181,7 @@ def _open_url(url: str, name: str, access: ImageAccess, min_side: int | None) ->
     cache = Cache(access)
     data = cache.get(url)
     if data is not None:
-        return decode(data, name, access, min_side)
+        return _decode(data, name, access, min_side)
     with Downloader(access) as downloader:
         download = downloader.download(url)
     image = decode(download.data, name, access, min_side)

@@ -20,6 +20,7 @@ from idefics_qlora.data.rows import RowReader, Rows
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Processor, check_model_and_processor
 from idefics_qlora.images.access import ImageAccess
+from idefics_qlora.images.kept import kept_pictures
 from idefics_qlora.model.adapters import check_trainable
 from idefics_qlora.model.base import base_fingerprint
 from idefics_qlora.notices import Notices
@@ -78,7 +79,8 @@ def check_inputs(
             f"{', '.join(family.parts)}"
         )
     embeddings = family.num_embeddings(model)
-    collator = Collator(processor, config.loss_on, embeddings, config.max_length, access)
+    kept = kept_pictures(config.cache_images, access)
+    collator = Collator(processor, config.loss_on, embeddings, config.max_length, access, kept)
     reader = RowReader(train_rows, "train_rows", to_example, collator)
     if reader.is_stream and config.max_steps is None:
         raise ValueError("max_steps=None: a stream of rows has no length, so say how many steps")
@@ -95,6 +97,7 @@ def check_inputs(
         "base": base_fingerprint(model),
         "train_rows": fingerprint,
         "eval_rows": None,
+        "draft": access.draft,
     }
     held_out = eval_seen = None
     if eval_rows is not None:
@@ -102,6 +105,7 @@ def check_inputs(
         held_out = EvalBatches(eval_reader, config.eval_batch_size)
         origin["eval_rows"], eval_seen = _first_rows(eval_reader, config, notices)
     tell_same_rows(train_seen, eval_seen, notices)
+    _tell_decoded(train_seen, config, access, notices)
     return Inputs(
         model=model,
         processor=processor,
@@ -116,6 +120,21 @@ def check_inputs(
     )
 
 
+def _tell_decoded(
+    seen: FirstRows, config: TrainConfig, access: ImageAccess, notices: Notices
+) -> None:
+    """Warn where settings for decoding have nothing to act on."""
+    settings = {"cache_images": config.cache_images is not None, "ImageAccess.draft": access.draft}
+    wanted = [name for name, is_set in settings.items() if is_set]
+    if wanted and seen.num_pictures and not seen.num_decoded:
+        notices.warn(
+            "pictures that are decoded already",
+            f"{' and '.join(wanted)}: without effect on {seen.reader.name}, whose pictures come "
+            "decoded, as PIL images: let to_example give their paths (as pathlib.Path), bytes, or "
+            "mappings with `bytes` (datasets: cast_column(..., datasets.Image(decode=False)))",
+        )
+
+
 def _first_rows(
     reader: RowReader, config: TrainConfig, notices: Notices
 ) -> tuple[Fingerprint, FirstRows]:
@@ -125,7 +144,8 @@ def _first_rows(
         in_order = reader.name == "eval_rows"
         order = range(len(reader)) if in_order else epoch_order(config.seed, 0, len(reader))
     seen = FirstRows(reader)
-    fingerprint, bad = reader.first_rows(map(int, order), ROWS_CHECKED, seen.looking)
+    with reader.collator.decoding_all():
+        fingerprint, bad = reader.first_rows(map(int, order), ROWS_CHECKED, seen.looking)
     rows = BadRows(config.on_bad_row)
     rows.note(bad)
     number = len(fingerprint.given)

@@ -40,6 +40,7 @@ FREE_FIELDS = frozenset(
         *("eval_image_use", "eval_samples", "allow_dead_parts"),
         *("on_bad_row", "logging_steps", "eval_steps", "eval_batch_size", "load_best_model_at_end"),
         *("micro_batch_size", "gradient_checkpointing", "num_workers", "loader_timeout_s"),
+        "cache_images",
         *("max_steps", "num_train_epochs", "precision"),  # told of by ``_tell_changes``
     }
 )
@@ -149,6 +150,9 @@ def differences(state: TrainState, snapshot: Snapshot) -> list[str]:
     origin = snapshot.state
     if not same_base(origin["base"], state.origin["base"]):
         problems.append(f"base model: {origin['base']} there, {state.origin['base']} here")
+    draft = origin.get("draft", False)  # 0.1 had none
+    if draft != state.origin["draft"]:
+        problems.append(f"ImageAccess.draft: {draft} there, {state.origin['draft']} here")
     there, here = origin["train_rows"], state.origin["train_rows"]
     if not here.fits(there):
         what = f"{there['number']} rows there, {here.number} here"

@@ -190,7 +190,12 @@ class Run:
     def _note_waiting(self) -> None:
         share = self._clock.share_waited()
         if share is not None and share > WAITING_SHARE:
-            helps = what_helps(self._num_workers, is_stream=self.inputs.reader.is_stream)
+            helps = what_helps(
+                self._num_workers,
+                is_stream=self.inputs.reader.is_stream,
+                is_cached=self.config.cache_images is not None,
+                is_draft=self.inputs.reader.collator.access.draft,
+            )
             self.notices.warn(
                 "training waits for data",
                 f"training waited for data {share:.0%} of the time before step "

@@ -109,6 +109,8 @@ def test_waiting_for_data_is_told_once(lora, processor, examples, tmp_path, capl
 def test_what_helps_is_what_can_be_done():
     """More processes only where there are CPUs for them, and none for a stream."""
     assert what_helps(2, cpus=8).startswith("raise num_workers (now 2; 8 CPUs may be used); or")
-    assert what_helps(7, cpus=8).startswith("a machine with more CPUs")
+    assert what_helps(7, cpus=8).startswith("set cache_images='disk'")
+    told = what_helps(7, is_cached=True, is_draft=True, cpus=8)
+    assert told == "make the picture files smaller"
     assert what_helps(1, is_stream=True, cpus=8).startswith("pass rows with numbers")
     assert pace.WAITING_SHARE == 0.1
