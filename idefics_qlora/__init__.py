@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from idefics_qlora.model.adapters import add_lora
     from idefics_qlora.model.loading import load_finetuned, load_model
     from idefics_qlora.model.memory import MemoryEstimate, estimate_memory
+    from idefics_qlora.model.saved_base import save_quantized
     from idefics_qlora.training.diagnostics import DeadAdapters
     from idefics_qlora.training.loop import WindowTooLarge, train
     from idefics_qlora.training.result import TrainResult
@@ -55,6 +56,7 @@ _HOMES = {
     "model.adapters": ("add_lora",),
     "model.loading": ("load_finetuned", "load_model"),
     "model.memory": ("MemoryEstimate", "estimate_memory"),
+    "model.saved_base": ("save_quantized",),
     "training.diagnostics": ("DeadAdapters",),
     "training.loop": ("WindowTooLarge", "train"),
     "training.result": ("TrainResult",),
@@ -94,6 +96,7 @@ __all__ = [
     "metrics",
     "pokemon_card_example",
     "preview_batch",
+    "save_quantized",
     "tiny",
     "train",
 ]

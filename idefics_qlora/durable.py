@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 from safetensors.torch import load
@@ -30,17 +31,9 @@ class CheckpointError(ValueError):
     """A checkpoint that is incomplete or altered; the message names folder, file and reason."""
 
 
-def read_whole(path: Path, size: int | None = None) -> bytes:
-    """Content of a file.
-
-    Args:
-        path: The file.
-        size: Bytes that it must have.
-
-    Raises:
-        CheckpointError: If there is no such file, or it has another size.
-        OSError: If it cannot be read for a reason that may pass.
-    """
+@contextmanager
+def _opened(path: Path, size: int | None) -> Iterator[BinaryIO]:
+    """A file to be read, of so many bytes."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
         try:
@@ -52,7 +45,7 @@ def read_whole(path: Path, size: int | None = None) -> bytes:
                     f"{path} has {status.st_size} bytes, its manifest says {size}"
                 )
             with open(descriptor, "rb", closefd=False) as file:
-                return file.read()
+                yield file
         finally:
             os.close(descriptor)
     except CheckpointError:
@@ -63,6 +56,33 @@ def read_whole(path: Path, size: int | None = None) -> bytes:
         if error.errno not in DAMAGE:
             raise
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_whole(path: Path, size: int | None = None) -> bytes:
+    """Content of a file.
+
+    Args:
+        path: The file.
+        size: Bytes that it must have.
+
+    Raises:
+        CheckpointError: If there is no such file, or it has another size.
+        OSError: If it cannot be read for a reason that may pass.
+    """
+    with _opened(path, size) as file:
+        return file.read()
+
+
+def sha256_of_file(path: Path, size: int | None = None) -> str:
+    """SHA-256 of a file's content, in hexadecimal, without holding all of it in memory.
+
+    Arguments and errors as in :func:`read_whole`.
+    """
+    digest = hashlib.sha256()
+    with _opened(path, size) as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def json_mapping(path: Path, content: bytes) -> dict[str, Any]:
@@ -142,6 +162,12 @@ def write_synced(path: Path, parts: Iterable[Part]) -> None:
     with path.open("wb") as file:
         file.writelines(parts)
         file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file that something else has written is on the disk."""
+    with path.open("rb") as file:
         os.fsync(file.fileno())
 
 

@@ -44,6 +44,7 @@ def test_public_names():
         "metrics",
         "pokemon_card_example",
         "preview_batch",
+        "save_quantized",
         "tiny",
         "train",
     ]

@@ -165,7 +165,9 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         # peft asks the model for a property that transformers has renamed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        peft_model = get_peft_model(model, config)
+        # The revision is recorded with the base's name, unless the configuration has one.
+        revision = None if config.revision else getattr(model, "base_revision", None)
+        peft_model = get_peft_model(model, config, revision=revision)
     for parameter in peft_model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()  # biases and peft's modules_to_save as well

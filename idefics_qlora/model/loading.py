@@ -43,9 +43,12 @@ from idefics_qlora.model.base_weights import (
     BaseWeights,
     check_base_weights,
     dequantize,
+    linear4bit_layers,
     unnest_if_small,
 )
 from idefics_qlora.model.cpu import prepare_for_cpu
+from idefics_qlora.model.precision import set_compute_dtype
+from idefics_qlora.model.saved_base import Origin, is_hub_id, is_packed, no_manifest, verify_base
 
 
 def load_model(
@@ -61,7 +64,7 @@ def load_model(
 
     Args:
         checkpoint: Hub id (``HuggingFaceM4/idefics-9b``, ``-9b-instruct``, ``-80b``, ...) or a
-            local folder.
+            local folder; one that :func:`save_quantized` wrote is verified, and not quantised anew.
         quantize: NF4 with double quantisation for every linear layer except ``lm_head``;
             ``False`` keeps the weights in ``compute_dtype``.
         base_weights: ``"dequantized"`` keeps the same 4-bit values in ``compute_dtype``: the same
@@ -80,12 +83,24 @@ def load_model(
     Raises:
         FileNotFoundError: If a local folder, or its ``config.json``, does not exist.
         ValueError: If the checkpoint holds another architecture, or an argument cannot work.
+        CheckpointError: If a file of a folder that ``save_quantized`` wrote is missing, truncated
+            or altered (a ``ValueError``).
         RuntimeError: If the GPU's memory does not suffice.
     """
     check_choice("base_weights", base_weights, BaseWeights)
     check_base_weights(base_weights, quantize)
-    name, config = load_config(checkpoint, revision)
+    name = _checked_source(checkpoint)
+    origin = verify_base(Path(name))
+    name, config = load_config(name, revision)
     family = family_of_config(config, name)
+    packed = is_packed(config)
+    if packed and origin is None and Path(name).is_dir():
+        raise no_manifest(Path(name))
+    if packed and not quantize:
+        raise ValueError(
+            f"quantize=False: {name} holds 4-bit weights only; for the same values in 16 bits "
+            "base_weights='dequantized', for others the base that it was made of"
+        )
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -98,10 +113,13 @@ def load_model(
         model = family.model_class().from_pretrained(
             name,
             revision=revision,
-            dtype=compute_dtype,
+            dtype=(config.dtype or compute_dtype) if packed else compute_dtype,
             device_map={"": device},
-            quantization_config=quantization if quantize else None,
+            quantization_config=quantization if quantize and not packed else None,
         )
+        model.requires_grad_(False)
+        if packed:
+            _compute_in(model, compute_dtype)
         if base_weights == "dequantized":
             dequantize(model)
         else:
@@ -124,11 +142,21 @@ def load_model(
             f"{name} does not fit on {device}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB were "
             f"free when it stopped; {advice}, or pass device='cpu'"
         ) from error
-    model.requires_grad_(False)
     if device.type == "cpu":
         prepare_for_cpu(model)
     processor = AutoProcessor.from_pretrained(name, revision=revision)
+    # What adapters record: a saved base is a copy of that on the Hub.
+    origin = origin or Origin(name, revision)
+    model.name_or_path = model.config.name_or_path = origin.name or name
+    model.base_revision = origin.revision if is_hub_id(model.name_or_path) else None
     return model.eval(), processor
+
+
+def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let packed weights, which remember the dtype in which they were saved, compute in another."""
+    for layer in linear4bit_layers(model).values():
+        layer.compute_dtype = layer.weight.quant_state.dtype = dtype
+    set_compute_dtype(model, dtype)
 
 
 def load_finetuned(
@@ -165,6 +193,10 @@ def load_finetuned(
         ) from error
     config.inference_mode = not trainable
     recorded: str = values.get("base_model_name_or_path") or ""
+    # A copy of the base: whoever gets the adapter, trained further, finds the base by its Hub id.
+    revision = values.get("revision") if is_hub_id(recorded) else None
+    if not base and revision is not None:
+        load_options.setdefault("revision", revision)
     base = base or recorded
     if not base:
         raise ValueError(f"{folder / 'adapter_config.json'} names no base model: pass base=...")
@@ -175,12 +207,12 @@ def load_finetuned(
             f"the adapter {folder} was trained on another base model than {base} (fingerprint "
             f"{state['base']}, here {found}): pass the right one as base=..."
         )
-    config.base_model_name_or_path = None  # peft would warn that it is called otherwise now
+    # peft would warn that it is called otherwise now.
+    config.base_model_name_or_path = config.revision = None
     peft_model = attach(model, config)
-    # A copy of the base: whoever gets the adapter, trained further, finds the base by its Hub id.
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", recorded) and not Path(recorded).exists()
-    if verified and is_hub_id:
+    if verified and is_hub_id(recorded):
         peft_model.active_peft_config.base_model_name_or_path = recorded
+        peft_model.active_peft_config.revision = revision
     load_adapter(peft_model, tensors, str(folder / ADAPTER))
     return peft_model.eval(), processor
 

@@ -144,7 +144,7 @@ def differences(state: TrainState, snapshot: Snapshot) -> list[str]:
         f"LoRA {name}: {old_lora.get(name)!r} there, {new_lora[name]!r} here"
         for name in new_lora
         # peft's own version and the base's address may change
-        if name not in ("peft_version", "base_model_name_or_path")
+        if name not in ("peft_version", "base_model_name_or_path", "revision")
         and old_lora.get(name, new_lora[name]) != new_lora[name]
     ]
     origin = snapshot.state
