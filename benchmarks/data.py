@@ -1,14 +1,17 @@
 """Loading pictures our way and the tutorial's way, in turn, in one process.
 
     python benchmarks/data.py
+    python benchmarks/data.py --size 1600 1200 --kinds jpeg    # large enough for a draft
     python benchmarks/data.py --memory-examples 10000     # also: does the memory grow?
 
 The tutorial transforms its rows with ``set_transform``: open the picture, crop it at random, call
 the processor, all in the main process, two rows at a time. Ours reads windows of 16 rows, in the
-main process or in workers. Both get the same rows (a memory-mapped ``datasets.Dataset`` with paths,
-or with the pictures themselves), the same side of 224 pixels, and one thread per process; nothing
-else is computed, so what is printed is the most that training could get. The pictures are drawn:
-734 x 1024 pixels, about a megabyte as PNG, as scans of trading cards are.
+main process or in workers; in the main process also with decoded pictures kept (``cache_images``;
+all of them are there when the time begins) and with large JPEGs decoded small (``draft``), whose
+difference in pixels is told. All get the same rows (a memory-mapped ``datasets.Dataset`` with
+paths, or with the pictures themselves), the same side of 224 pixels, and one thread per process;
+nothing else is computed, so what is printed is the most that training could get. The pictures are
+drawn: 734 x 1024 pixels, about a megabyte as PNG, as scans of trading cards are.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +45,7 @@ from idefics_qlora.data.formats import first_sentence, pokemon_card_example
 from idefics_qlora.data.order import Windows
 from idefics_qlora.data.rows import RowReader
 from idefics_qlora.data.workers import Loading
+from idefics_qlora.images.kept import kept_pictures
 from idefics_qlora.machine import library_versions
 
 SIDE = 224
@@ -128,9 +134,42 @@ def tutorial_batches(dataset: datasets.Dataset, processor: Any) -> Iterator[dict
         yield from DataLoader(rows, batch_size=2, shuffle=True, drop_last=True)
 
 
-def windows(dataset: datasets.Dataset, processor: Any) -> Windows:
+@dataclass(frozen=True)
+class Way:
+    """A way of loading."""
+
+    num_workers: int | None = 0
+    """``None``: the tutorial's."""
+    cache_images: str | None = None
+    draft: bool = False
+
+    def __str__(self) -> str:
+        """What the tables call it."""
+        if self.num_workers is None:
+            return "tutorial"
+        kept = [f"kept: {self.cache_images}"] if self.cache_images else []
+        if kept or self.draft:
+            return ", ".join((["draft"] if self.draft else []) + kept)
+        return f"{self.num_workers} worker{'' if self.num_workers == 1 else 's'}"
+
+    def access(self, folder: Path) -> iq.images.ImageAccess:
+        """What pictures are opened with; what is kept on disk lies in ``folder``."""
+        return iq.images.ImageAccess(cache_dir=folder, draft=self.draft)
+
+    def reader(self, dataset: datasets.Dataset, processor: Any, folder: Path) -> RowReader:
+        """Reads the rows; what it keeps is there already."""
+        access = self.access(folder)
+        kept = kept_pictures(self.cache_images, access)
+        collator = Collator(processor, access=access, kept=kept)
+        reader = RowReader(dataset, "rows", pokemon_card_example, collator)
+        if kept is not None:
+            for row in range(len(dataset)):
+                reader.read(row)
+        return reader
+
+
+def windows(reader: RowReader) -> Windows:
     """Our windows of these rows."""
-    reader = RowReader(dataset, "rows", pokemon_card_example, Collator(processor))
     return Windows(reader, seed=0, global_batch_size=WINDOW, augment=True)
 
 
@@ -144,14 +183,15 @@ def per_second(batches: Iterator[int], examples: int, warm_up: int) -> float:
     return loaded / (time.perf_counter() - start)
 
 
-def speed(
-    dataset: datasets.Dataset, processor: Any, num_workers: int | None, examples: int
-) -> float:
-    """Examples per second of ours with so many workers, or of the tutorial's way (``None``)."""
-    if num_workers is None:
-        batches = tutorial_batches(dataset, processor)
-        return per_second((len(batch["labels"]) for batch in batches), examples, warm_up=2)
-    with Loading(windows(dataset, processor), num_workers=num_workers) as loading:
+def tutorial_speed(dataset: datasets.Dataset, processor: Any, examples: int) -> float:
+    """Examples per second of the tutorial's way."""
+    batches = tutorial_batches(dataset, processor)
+    return per_second((len(batch["labels"]) for batch in batches), examples, warm_up=2)
+
+
+def speed(reader: RowReader, num_workers: int, examples: int) -> float:
+    """Examples per second of ours with so many workers."""
+    with Loading(windows(reader), num_workers=num_workers) as loading:
         arrivals = (len(window.rows) for window in loading)
         # Workers load ahead while nothing is timed: what they had ready then must be used up.
         return per_second(arrivals, examples, warm_up=1 + 2 * num_workers)
@@ -171,6 +211,17 @@ def decoding_speed(dataset: datasets.Dataset, examples: int) -> float:
     return examples / (time.perf_counter() - start)
 
 
+def draft_difference(dataset: datasets.Dataset, processor: Any, folder: Path) -> dict[str, float]:
+    """Levels of 255 between the squares of pictures decoded small and in full: mean and largest."""
+    squares = []
+    for way in (Way(), Way(draft=True)):
+        reader = way.reader(dataset, processor, folder)
+        pixels = [square for row in range(len(dataset)) for square in reader.read(row)[1]]
+        squares.append(torch.stack(pixels).float())
+    levels = (squares[0] - squares[1]).abs()
+    return {"mean": float(levels.mean()), "max": float(levels.max())}
+
+
 def private_mib() -> float:
     """Memory of this process and its workers that nobody shares, in MiB."""
     process = psutil.Process()
@@ -178,11 +229,11 @@ def private_mib() -> float:
     return sum(member.memory_full_info().uss for member in family) / 2**20
 
 
-def memory(dataset: datasets.Dataset, processor: Any, num_workers: int, examples: int) -> list[int]:
+def memory(reader: RowReader, num_workers: int, examples: int) -> list[int]:
     """Private memory in MiB at the start and after every tenth of so many examples of ours."""
     marks = [round(examples * tenth / 10) for tenth in range(11)]
     taken: list[int] = []
-    with Loading(windows(dataset, processor), num_workers=num_workers) as loading:
+    with Loading(windows(reader), num_workers=num_workers) as loading:
         for _ in range(1 + 2 * num_workers):
             next(loading)
         loaded = 0
@@ -194,13 +245,6 @@ def memory(dataset: datasets.Dataset, processor: Any, num_workers: int, examples
     return taken
 
 
-def name_of(num_workers: int | None) -> str:
-    """What the tables call a way of loading."""
-    if num_workers is None:
-        return "tutorial"
-    return f"{num_workers} worker{'' if num_workers == 1 else 's'}"
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure, print a Markdown table and JSON, return it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -210,6 +254,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", type=int, nargs=2, default=[734, 1024], help="width and height")
     parser.add_argument("--examples", type=int, default=128, help="per round and way")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of all ways, in turn")
+    parser.add_argument("--caches", choices=["disk", "memory"], nargs="*", default=["disk"])
+    parser.add_argument("--json", type=Path, help="file for what is printed as JSON")
     parser.add_argument("--memory-examples", type=int, default=0, help="0: memory is not watched")
     options = parser.parse_args(arguments)
     datasets.disable_progress_bars()
@@ -225,22 +271,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All kinds of rows, all ways."""
     _, processor = iq.tiny.load_model(device="cpu")
     processor.image_processor.size = {"height": SIDE, "width": SIDE}
-    ways = [None, *options.workers]
+    ways = [Way(None), *map(Way, options.workers)]
+    first_way = ways[1]  # by default in the main process
+    for draft in (False, True):
+        ways += [Way(0, None, draft)] if draft else []
+        ways += [Way(0, cache, draft) for cache in options.caches]
     summary: dict[str, Any] = {
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "versions": {**library_versions(), "pillow": PIL.__version__},
         "kinds": {},
     }
-    columns = ["pictures", "kB each", *map(name_of, ways), "ratio", "decoding: ours", "tutorial"]
+    columns = ["pictures", "kB each", *map(str, ways), "ratio", "decoding: ours", "tutorial"]
     print("| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind in options.kinds:
             dataset = make_rows(kind, folder, options.pictures, tuple(options.size))
             files = list(folder.glob("*.png" if kind == "png" else "*.jpg"))
-            speeds = compare(dataset, processor, ways, options)
+            speeds = compare(dataset, processor, ways, options, folder / "kept")
             median = {way: statistics.median(values) for way, values in speeds.items()}
-            first = median[name_of(options.workers[0])]  # ours, by default in the main process
+            first = median[str(first_way)]
             record = {
                 "kilobytes": sum(path.stat().st_size for path in files) / len(files) / 1e3,
                 "examples_per_second": median,
@@ -248,31 +298,43 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "ratio": first / median["tutorial"],
                 "decoding_share": first / median["decoding"],
                 "decoding_share_tutorial": median["tutorial"] / median["decoding"],
+                "draft_difference": draft_difference(dataset, processor, folder / "kept"),
             }
             if options.memory_examples:
+                reader = first_way.reader(dataset, processor, folder)
                 record["private_mib"] = {
-                    name_of(n): memory(dataset, processor, n, options.memory_examples)
-                    for n in options.workers
+                    str(Way(n)): memory(reader, n, options.memory_examples) for n in options.workers
                 }
             summary["kinds"][kind] = record
             shares = [record["decoding_share"], record["decoding_share_tutorial"]]
             cells = [kind, f"{record['kilobytes']:.0f}"]
-            cells += [f"{median[name_of(way)]:.1f}" for way in ways]
+            cells += [f"{median[str(way)]:.1f}" for way in ways]
             cells += [f"{record['ratio']:.2f}", *(f"{share:.0%}" for share in shares)]
             print("| " + " | ".join(cells) + " |", flush=True)
-    print(json.dumps(summary, indent=2))
+    told = json.dumps(summary, indent=2)
+    print(told)
+    if options.json is not None:
+        options.json.write_text(told + "\n")
     return summary
 
 
 def compare(
-    dataset: datasets.Dataset, processor: Any, ways: list[int | None], options: argparse.Namespace
+    dataset: datasets.Dataset,
+    processor: Any,
+    ways: list[Way],
+    options: argparse.Namespace,
+    folder: Path,
 ) -> dict[str, list[float]]:
     """Examples per second of each way and of decoding alone, round by round."""
     work: dict[str, Callable[[], float]] = {
         "decoding": lambda: decoding_speed(dataset, options.examples)
     }
     for way in ways:
-        work[name_of(way)] = lambda way=way: speed(dataset, processor, way, options.examples)
+        if way.num_workers is None:
+            work[str(way)] = lambda: tutorial_speed(dataset, processor, options.examples)
+            continue
+        reader = way.reader(dataset, processor, folder)
+        work[str(way)] = partial(speed, reader, way.num_workers, options.examples)
     speeds: dict[str, list[float]] = {way: [] for way in work}
     for _ in range(options.rounds):
         for way, measure in work.items():

@@ -12,7 +12,7 @@ from helpers import config_of
 import idefics_qlora as iq
 from idefics_qlora.data import pace
 from idefics_qlora.data.pace import FEWEST, MOST, Reading, chosen_workers, what_helps
-from idefics_qlora.machine import usable_cpus
+from idefics_qlora.machine import available_bytes, usable_cpus
 from idefics_qlora.training import result
 
 SLOW = Reading(seconds=0.02, pixel_bytes=150_000)
@@ -62,6 +62,26 @@ def test_cpus_are_those_that_the_process_may_use(tmp_path):
     assert usable_cpus(tmp_path) == 1
 
 
+def test_memory_is_what_the_process_may_take(tmp_path):
+    """A container's limit counts, less what is in use there and would not give way."""
+    group = tmp_path / "sys/fs/cgroup/jobs"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/jobs\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 4096 kB\nMemAvailable: 2048 kB\n")
+    (group / "memory.current").write_text("700000\n")
+    (group / "memory.stat").write_text("anon 500000\ninactive_file 100000\n")
+    (group / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) == 2**21
+    (group / "memory.max").write_text("1000000\n")
+    assert available_bytes(tmp_path) == 400_000
+    (group / "memory.max").write_text("300000\n")
+    assert available_bytes(tmp_path) == 0
+    (tmp_path / "proc/meminfo").unlink()
+    (group / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) > 2**21
+
+
 def test_auto_is_told_once_and_trains_alike(base, processor, examples, tmp_path, caplog):
     """The number of processes is chosen by itself and changes speed only; the log says it."""
     losses = []
@@ -78,16 +98,17 @@ def test_auto_is_told_once_and_trains_alike(base, processor, examples, tmp_path,
 
 
 class Slow:
-    """Rows that take a while, as pictures of a slow disk do."""
+    """Rows that take a while when they are read again, as pictures of a slow disk do."""
 
     def __init__(self, rows, seconds):
-        self.rows, self.seconds = rows, seconds
+        self.rows, self.seconds, self.read = rows, seconds, set()
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        until = time.perf_counter() + self.seconds
+        until = time.perf_counter() + self.seconds * (index in self.read)
+        self.read.add(index)
         while time.perf_counter() < until:
             pass
         return self.rows[index]
@@ -97,7 +118,7 @@ def test_waiting_for_data_is_told_once(lora, processor, examples, tmp_path, capl
     """A run whose device waits for data says how much, and what to do."""
     monkeypatch.setattr(result, "JUDGED_S", 0.05)
     config = config_of(tmp_path / "a", max_steps=4, global_batch_size=2)
-    done = iq.train(lora, processor, Slow(examples, 0.3), config=config)
+    done = iq.train(lora, processor, Slow(examples[:12], 0.3), config=config)
     assert done.global_step == 4
     told = [r.getMessage() for r in caplog.records if "waited for data" in r.getMessage()]
     assert len(told) == 1
