@@ -705,6 +705,34 @@ MUTANTS = (
         "            pass\n",
         "model/test_cpu.py::test_evaluation_does_not_break_training",
     ),
+    _m(
+        "a kept picture is not compared with its checksum",
+        "images/kept.py",
+        "    if _checksum(width, height, pixels) != checksum:\n",
+        "    if False:\n",
+        "images/test_kept.py::test_whatever_is_damaged_is_decoded_again",
+    ),
+    _m(
+        "a kept picture is found whatever was asked of its decoding",
+        "images/kept.py",
+        "hashlib.sha256(repr(decides).encode())",
+        "hashlib.sha256()",
+        "images/test_kept.py",
+    ),
+    _m(
+        "a resumed run decodes in another way",
+        "training/resume.py",
+        '    if draft != state.origin["draft"]:\n',
+        "    if False:\n",
+        "data/test_decoding.py",
+    ),
+    _m(
+        "the time per row is that of what is kept",
+        "training/inputs.py",
+        "    with reader.collator.decoding_all():\n",
+        "    if True:\n",
+        "data/test_decoding.py::test_the_first_rows_are_decoded_whatever_is_kept",
+    ),
 )
 
 ACCEPTED = {

@@ -1,6 +1,7 @@
 """Decoded pictures that are kept, and JPEGs decoded small, from rows to tensors and restarts."""
 
 import copy
+import os
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.images.kept import KeptInMemory, KeptOnDisk
 from idefics_qlora.images.opening import open_image
 from idefics_qlora.model.adapters import adapter_tensors
+from idefics_qlora.training.inputs import check_inputs
 
 DRAFT = ImageAccess(draft=True)
 
@@ -175,3 +177,19 @@ def test_settings_without_effect_are_told(base, processor, rows, tmp_path, caplo
         told = [r.getMessage() for r in caplog.records if "without effect" in r.getMessage()]
         assert len(told) == number
         assert all(line.startswith("cache_images: without effect on train_rows") for line in told)
+
+
+def test_the_first_rows_are_decoded_whatever_is_kept(base, processor, rows, tmp_path):
+    """A second run finds all pictures kept; the time of its first rows is that of decoding."""
+    for run in range(2):
+        config = config_of(tmp_path / str(run), max_steps=2, cache_images="disk")
+        model = iq.add_lora(copy.deepcopy(base))
+        inputs = check_inputs(model, processor, rows, None, config, CAPTIONS, DEFAULT_ACCESS)
+        files = list(KeptOnDisk(DEFAULT_ACCESS).folder.glob("*/*"))
+        assert len(files) == 12 * run
+        assert inputs.reading.seconds > 0
+        assert inputs.reader.collator.kept is not None
+        assert all(file.stat().st_mtime == 1000 for file in files)  # not used
+        iq.train(model, processor, rows, config=config, to_example=CAPTIONS)
+        for file in KeptOnDisk(DEFAULT_ACCESS).folder.glob("*/*"):
+            os.utime(file, (1000, 1000))
