@@ -36,7 +36,7 @@ from idefics_qlora.machine import library_versions
 from idefics_qlora.model.adapters import trainable_parameters
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.precision import DTYPES, autocast, set_compute_dtype
-from idefics_qlora.training.optim import make_optimizer
+from idefics_qlora.training.flat import FlatAdamW
 
 
 def ours(model: Any, processor: Any, rows: list[Any], config: iq.TrainConfig) -> float:
@@ -102,7 +102,7 @@ def where_time_goes(
     set_compute_dtype(model, DTYPES[config.precision])
     model.train()
     parameters = trainable_parameters(model)
-    optimizer = make_optimizer(parameters.values(), config)
+    optimizer = FlatAdamW(parameters, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     reader = RowReader(rows, "rows", pokemon_card_example, Collator(processor))
     windows = Windows(

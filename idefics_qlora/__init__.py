@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     from idefics_qlora.model.memory import MemoryEstimate, estimate_memory
     from idefics_qlora.model.saved_base import save_quantized
     from idefics_qlora.training.diagnostics import DeadAdapters
-    from idefics_qlora.training.loop import WindowTooLarge, train
+    from idefics_qlora.training.loop import train
     from idefics_qlora.training.result import TrainResult
+    from idefics_qlora.training.window_pass import WindowTooLarge
 
 _HOMES = {
     "checkpoint": ("latest_checkpoint",),
@@ -58,8 +59,9 @@ _HOMES = {
     "model.memory": ("MemoryEstimate", "estimate_memory"),
     "model.saved_base": ("save_quantized",),
     "training.diagnostics": ("DeadAdapters",),
-    "training.loop": ("WindowTooLarge", "train"),
+    "training.loop": ("train",),
     "training.result": ("TrainResult",),
+    "training.window_pass": ("WindowTooLarge",),
 }
 """Where each public name lives: a module is imported when one of its names is first used."""
 

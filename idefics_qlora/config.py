@@ -102,7 +102,7 @@ GROUPS = {
         *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps"),
         *("weight_decay", "max_grad_norm"),
     ),
-    "batch": ("global_batch_size", "micro_batch_size", "gradient_checkpointing"),
+    "batch": ("global_batch_size", "micro_batch_size", "gradient_checkpointing", "fast"),
     "precision": ("precision", "optim"),
     "evaluation": (
         *("logging_steps", "eval_steps", "eval_batch_size", "eval_image_use", "eval_samples"),
@@ -295,6 +295,11 @@ class TrainConfig:
     """Recompute each layer's activations in the backward pass: less memory, about a third slower.
     Same results."""
 
+    fast: bool = True
+    """Compute with fused blocks, on a GPU replayed as CUDA graphs, where the model is one that this
+    knows; results differ by rounding. ``False``: through the model's own layers, equal to version
+    0.1 to the bit."""
+
     def _batch_problems(self) -> Iterator[str]:
         yield from _not_whole(self, 1, "global_batch_size")
         size = self.micro_batch_size
@@ -305,7 +310,7 @@ class TrainConfig:
                 f"micro_batch_size={size} is larger than "
                 f"global_batch_size={self.global_batch_size}: a micro-batch is a part of a window"
             )
-        yield from _no_flag(self, "gradient_checkpointing")
+        yield from _no_flag(self, "gradient_checkpointing", "fast")
 
     # --- precision ----------------------------------------------------------------------------
 

@@ -11,11 +11,13 @@ import idefics_qlora as iq
 
 
 def config_of(folder, **changes):
-    """Settings of a short fp32 run without evaluation."""
+    """Settings of a short fp32 run without evaluation, computed as version 0.1 did."""
     settings = {
         "output_dir": folder,
         "max_steps": 4,
         "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "fast": False,
         "precision": "fp32",
         "logging_steps": 1,
         "load_best_model_at_end": False,

@@ -8,8 +8,9 @@ from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.order import Windows
 from idefics_qlora.data.rows import RowReader
 from idefics_qlora.model.adapters import adapter_tensors, trainable_parameters
+from idefics_qlora.model.execution import execution_of
 from idefics_qlora.model.precision import DTYPES, set_compute_dtype
-from idefics_qlora.training.optim import make_optimizer
+from idefics_qlora.training.flat import FlatAdamW
 from idefics_qlora.training.state import TrainState
 
 
@@ -23,7 +24,8 @@ def state_of(model, config):
     set_compute_dtype(model, DTYPES[config.precision])
     return TrainState(
         model=model.train(),
-        optimizer=make_optimizer(trainable_parameters(model).values(), config),
+        optimizer=FlatAdamW(trainable_parameters(model), config),
+        execution=execution_of(model, DTYPES[config.precision], fast=config.fast),
         scaler=torch.amp.GradScaler("cpu", enabled=config.precision == "fp16"),
         config=config,
         total_steps=config.max_steps,

@@ -50,7 +50,7 @@ def test_fields_are_frozen_names():
             "weight_decay",
             "max_grad_norm",
         ),
-        "batch": ("global_batch_size", "micro_batch_size", "gradient_checkpointing"),
+        "batch": ("global_batch_size", "micro_batch_size", "gradient_checkpointing", "fast"),
         "precision": ("precision", "optim"),
         "evaluation": (
             "logging_steps",

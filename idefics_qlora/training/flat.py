@@ -7,13 +7,13 @@ a multiple of :data:`BLOCK` elements, so that no 8-bit block holds elements of t
 that no gradient has reached is left alone, with its moments and its step, as if its ``grad`` were
 ``None``.
 
-The loop does not use it yet. More than 400 lines, most of them about what must not change: the
-states of single parameters, their blocks, and what others do to a parameter meanwhile.
+More than 400 lines, most of them about what must not change: the states of single parameters,
+their blocks, and what others do to a parameter meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,8 +38,10 @@ MIN_PAGED = 100_000
 class FlatAdamW(torch.optim.Optimizer):
     """AdamW over an adapter that it moves into flat memory.
 
-    Equal to the optimizer of ``make_optimizer`` over the single parameters: on a CPU to the bit, on
-    a GPU to the bit too, as every parameter's size is a multiple of 256 there (a LoRA of rank 16).
+    Equal to bitsandbytes' ``PagedAdamW8bit``, or PyTorch's ``AdamW``, over the single parameters:
+    to the bit on a CPU, and on a GPU where every parameter's size is a multiple of 256 (a LoRA of
+    rank 16 is). As with bitsandbytes, tensors under 4,096 elements have states of 32 bits, and
+    larger states are paged on a GPU. All states are there from the beginning.
 
     ``param_groups`` holds the flat tensors, so ``GradScaler.unscale_`` and ``GradScaler.step`` take
     it for an optimizer with one or two parameters. The kernels of bitsandbytes run on CUDA's
@@ -122,19 +124,19 @@ class FlatAdamW(torch.optim.Optimizer):
         for buffer in self._buffers:
             _spare_paged.extend(t for t in buffer.moments.flat() if hasattr(t, "is_paged"))
 
-    @property
-    def touched(self) -> bytes:
-        """For each parameter 1 if a gradient has reached it since :meth:`zero_grad`, else 0."""
-        return bytes(self._touched)
+    def touch(self) -> None:
+        """Say that a backward pass has reached every parameter, without running any hooks."""
+        self._touched[:] = b"\1" * len(self._touched)
 
-    def touch(self, touched: bytes) -> None:
-        """Say what a backward pass reached that runs no hooks: the replay of a captured graph.
+    def reserve(self) -> None:
+        """Have what :meth:`step` needs for a moment, so that it cannot run out half-way.
 
-        Args:
-            touched: :attr:`touched` after that pass was captured.
+        On a GPU, PyTorch's AdamW takes the root of a state; what is freed here stays with the
+        process and has the right size. bitsandbytes works in place.
         """
-        for number, value in enumerate(touched):
-            self._touched[number] |= value
+        for buffer in self._buffers:
+            if buffer.weights.is_cuda and isinstance(buffer.moments, _TorchMoments):
+                torch.empty_like(buffer.weights)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients; they stay where they are, whatever ``set_to_none`` is."""
@@ -182,28 +184,41 @@ class FlatAdamW(torch.optim.Optimizer):
         """The moments under the parameters' names and in their shapes, as checkpoints hold them.
 
         Returns:
-            As ``optimizer_state`` in ``optim.py``. The tensors share the optimizer's memory: what
-            is to be kept beyond the next step must be copied.
+            Tensors as ``{"<parameter>::<key>": tensor}``, and what is no tensor as ``{parameter:
+            {key: value}}``. The tensors share the optimizer's memory: what is to be kept beyond the
+            next step must be copied.
         """
         tensors: dict[str, Tensor] = {}
         scalars: dict[str, dict[str, Any]] = {}
         self._wait()
-        for slot, moments in self._stepped():
-            for key, tensor in moments.tensors(slot).items():
-                tensors[f"{slot.name}::{key}"] = tensor
-            if moments.step_is_tensor:
-                tensors[f"{slot.name}::step"] = torch.tensor(float(slot.step))
-            else:
-                scalars[slot.name] = {"step": slot.step}
+        for buffer in self._buffers:
+            moments = buffer.moments
+            for slot in buffer.slots:
+                for key, tensor in moments.tensors(slot).items():
+                    tensors[f"{slot.name}::{key}"] = tensor
+                if moments.step_is_tensor:
+                    tensors[f"{slot.name}::step"] = torch.tensor(float(slot.step))
+                else:
+                    scalars[slot.name] = {"step": slot.step}
         return tensors, scalars
 
     def load_state_by_name(
-        self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Mapping[str, Any]]
+        self,
+        tensors: Mapping[str, Tensor],
+        scalars: Mapping[str, Mapping[str, Any]],
+        complete: bool = False,
     ) -> None:
         """Put a state from :meth:`state_by_name` back, or one of the single parameters.
 
+        Args:
+            tensors: As they were returned.
+            scalars: As they were returned.
+            complete: Whether every parameter must have a state. In 0.1 one that no gradient had
+                reached had none.
+
         Raises:
-            ValueError: If it belongs to other parameters or another optimizer; nothing is loaded.
+            ValueError: If a state is missing, or belongs to other parameters or another optimizer;
+                nothing is loaded.
         """
         by_name: dict[str, dict[str, Any]] = {name: dict(v) for name, v in scalars.items()}
         for key, tensor in tensors.items():
@@ -213,6 +228,8 @@ class FlatAdamW(torch.optim.Optimizer):
             raise ValueError(
                 f"the optimizer state belongs to other parameters: {sorted(unknown)[:3]}"
             )
+        if complete and (missing := sorted({s.name for s in self._slots} - by_name.keys())):
+            raise ValueError(f"the optimizer has no state of {missing[:3]}")
         for buffer in self._buffers:
             for slot in buffer.slots:
                 if slot.name in by_name:
@@ -223,10 +240,6 @@ class FlatAdamW(torch.optim.Optimizer):
                 state = by_name.get(slot.name)
                 buffer.moments.load(slot, state)
                 slot.step = 0 if state is None else int(state["step"])
-
-    def _stepped(self) -> Iterator[tuple[_Slot, _Moments]]:
-        owner = {slot.number: buffer.moments for buffer in self._buffers for slot in buffer.slots}
-        return ((slot, owner[slot.number]) for slot in self._slots if slot.step)
 
     def _runs(self, buffer: _Buffer) -> list[tuple[slice, int]]:
         """What the next step updates: parts of the flat memory, and the number of that step.

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from idefics_qlora.checkpoint import resolved
@@ -26,18 +26,16 @@ from idefics_qlora.data.windows import Window
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
-from idefics_qlora.model.loss import summed_cross_entropy
-from idefics_qlora.model.memory import estimate_memory
-from idefics_qlora.model.precision import DTYPES, autocast
 from idefics_qlora.notices import with_words
 from idefics_qlora.process import RunLock, StopSignals, guarded_children, seeded
 from idefics_qlora.training.diagnostics import check_coverage, gradient_coverage
 from idefics_qlora.training.inputs import check_inputs
-from idefics_qlora.training.optim import lr_at, reserve_update
-from idefics_qlora.training.parts import restore_rng, rng_tensors
+from idefics_qlora.training.optim import lr_at
+from idefics_qlora.training.parts import rng_tensors
 from idefics_qlora.training.result import TrainResult
 from idefics_qlora.training.run import Run
 from idefics_qlora.training.state import TrainState
+from idefics_qlora.training.window_pass import window_backward
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +86,9 @@ def train(
         StopSignals() as stop,
         guarded_children(),
         seeded(config.seed, next(model.parameters()).device),  # dropout
+        ExitStack() as cleanup,
     ):
-        run = Run(inputs, folder, on_log, stop, background)
+        run = Run(inputs, folder, on_log, stop, background, cleanup)
         state = run.state
         with (
             run.windows() as windows,
@@ -142,10 +141,6 @@ def finish_step(run: Run) -> None:
         run.saving.save(eval_loss)
 
 
-class WindowTooLarge(torch.OutOfMemoryError):
-    """Not even a single example fits into the memory; the state is that before the window."""
-
-
 @dataclass(frozen=True)
 class StepOutput:
     """What one window gave."""
@@ -180,39 +175,30 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
 
-    window = window.to(state.device)
-    loss = _try_backward(state, window)
-    while loss is None:
-        state.optimizer.zero_grad(set_to_none=True)
-        _halve_micro_batch(state, window)
-        restore_rng(state.window_rng, state.device)
-        loss = _try_backward(state, window)
+    loss = window_backward(state, window.to(state.device))  # forward and backward passes
 
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    if state.scaler.is_enabled() and parameters[0].grad is not None:
-        parameters[0].grad += loss - loss  # a loss that is not finite is an overflow, without sync
+    if state.scaler.is_enabled():
+        state.optimizer.spoil_unless_finite(loss)  # an overflow, without a sync
     state.scaler.unscale_(state.optimizer)
     if state.coverage is None and any(window.images):  # without images, only the text learns
         parameters_by_name = dict(state.model.named_parameters())
         state.coverage = gradient_coverage(parameters_by_name, family_of(state.model))  # sync
         if state.coverage is not None:
             check_coverage(state.coverage, state.config.allow_dead_parts)
-    grad_norm = clip_grad_norm_(parameters, state.config.max_grad_norm)
+    grad_norm = state.optimizer.clip(state.config.max_grad_norm)
     if not state.scaler.is_enabled() and not torch.isfinite(loss + grad_norm):  # sync
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad()
         raise FloatingPointError(
             f"window {state.window} (rows {list(window.rows)}) gave the loss {loss.item()} and a "
             f"gradient of norm {grad_norm.item()} at step {state.global_step} with "
             f"precision={state.config.precision!r}; the weights are untouched; look at these rows, "
             "or lower learning_rate"
         )
-    reserve_update(state.optimizer)
-    scale = state.scaler.get_scale()
+    state.optimizer.reserve()
     state.half_updated = True
-    state.scaler.step(state.optimizer)  # sync; does nothing when a gradient is not finite
+    skipped = not state.scaler.step(state.optimizer)  # sync: whether every gradient is finite
     state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    skipped = state.scaler.get_scale() < scale
+    state.optimizer.zero_grad()
 
     state.advance(window)
     if state.growing:
@@ -227,60 +213,6 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
         state.unlogged_steps += 1
     state.half_updated = False
     return StepOutput(loss, grad_norm, learning_rate, skipped)
-
-
-def _try_backward(state: TrainState, window: Window) -> Tensor | None:
-    """Loss of a window, its scaled gradient added up; ``None`` if the memory did not suffice."""
-    loss = torch.zeros((), device=state.device)
-    try:
-        for batch in window.micro_batches(state.micro_batch_size):
-            with autocast(state.device, DTYPES[state.config.precision]):
-                logits = state.model(**batch.inputs(), use_cache=False).logits  # (B, T, V)
-            # Divided by the whole window's targets, the micro-batches' gradients add up to the
-            # gradient of the window's mean, whatever their lengths.
-            micro_loss = summed_cross_entropy(logits, batch.labels) / window.num_targets
-            state.scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-    except torch.OutOfMemoryError:
-        return None  # the failed try's tensors go with the exception
-    return loss
-
-
-def _halve_micro_batch(state: TrainState, window: Window) -> None:
-    if state.device.type == "cuda":
-        torch.cuda.empty_cache()
-    if state.micro_batch_size == 1:
-        raise WindowTooLarge(
-            f"not even a single example of up to {max(window.lengths)} text tokens fits into the "
-            f"memory{_needed(state, window)}: set gradient_checkpointing=True if it is not, free "
-            "the GPU from other processes, or shorten the longest texts (max_length)"
-        )
-    failed, state.micro_batch_size = state.micro_batch_size, state.micro_batch_size // 2
-    state.growing = False
-    logger.warning(
-        "out of memory with %d examples per micro-batch in window %d: it is done again, and the "
-        "run goes on, with micro_batch_size=%d",
-        *(failed, state.window, state.micro_batch_size),
-    )
-
-
-def _needed(state: TrainState, window: Window) -> str:
-    base = state.model.get_base_model()
-    try:
-        need = estimate_memory(
-            base.config,
-            text_tokens=max(window.lengths),
-            images=max(1, *window.images),
-            precision=state.config.precision,
-            quantize=getattr(base, "is_loaded_in_4bit", False),
-            lora=state.model.active_peft_config,
-            optim=state.config.optim,
-        )
-    except Exception as error:  # an adapter of a kind it does not know: the shortage is the news
-        logger.warning("how much memory is needed cannot be estimated: %s", error)
-        return ""
-    kept, recomputed = (need.peak(1, recompute) / 2**30 for recompute in (False, True))
-    return f" (about {kept:.1f} GiB, or {recomputed:.1f} GiB with gradient_checkpointing=True)"
 
 
 def due(step: int, every: int) -> bool:

@@ -21,7 +21,7 @@ from idefics_qlora.model.adapters import (
     load_adapter,
     trainable_parameters,
 )
-from idefics_qlora.training.optim import load_optimizer_state, optimizer_state
+from idefics_qlora.training.flat import FlatAdamW
 
 
 class Part(Protocol):
@@ -100,26 +100,27 @@ class AdapterPart:
 class OptimizerPart:
     """The optimizer's moments and step counts."""
 
-    def __init__(self, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: PeftModel, optimizer: FlatAdamW) -> None:
         self._model, self._optimizer = model, optimizer
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Tensors, and numbers beside them, by parameter."""
-        tensors, scalars = optimizer_state(self._optimizer, self._parameter_names())
+        tensors, scalars = self._optimizer.state_by_name()
         return {"optimizer": tensors, "state": {"optimizer": scalars}}
 
     def load_state_dict(self, saved: Snapshot) -> None:
         """Load them; a checkpoint of 0.1 (it had no ``run``) may lack some parameters."""
+        self._optimizer.link(named_in_checkpoints(self._model))  # an adapter was loaded before
         tensors, scalars = saved.optimizer, saved.state["optimizer"]
-        names, complete = self._parameter_names(), "run" in saved.state
-        load_optimizer_state(self._optimizer, names, tensors, scalars, complete=complete)
+        self._optimizer.load_state_by_name(tensors, scalars, complete="run" in saved.state)
 
-    def _parameter_names(self) -> dict[Parameter, str]:
-        # An adapter goes by peft's usual name in a checkpoint, whatever the user calls it.
-        name = re.escape(self._model.active_adapter)
-        own = re.compile(rf"(\.lora_\w+|\.modules_to_save)\.{name}(?=\.|$)")
-        trainable = trainable_parameters(self._model)
-        return {p: own.sub(r"\1.default", name) for name, p in trainable.items()}
+
+def named_in_checkpoints(model: PeftModel) -> dict[str, Parameter]:
+    """The trainable parameters by the names that their moments have in a checkpoint."""
+    # An adapter goes by peft's usual name in a checkpoint, whatever the user calls it.
+    name = re.escape(model.active_adapter)
+    own = re.compile(rf"(\.lora_\w+|\.modules_to_save)\.{name}(?=\.|$)")
+    return {own.sub(r"\1.default", name): p for name, p in trainable_parameters(model).items()}
 
 
 class ScalerPart:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from idefics_qlora.data.windows import Window
 from idefics_qlora.data.workers import LoaderError, Loading
 from idefics_qlora.families import family_of
 from idefics_qlora.model.adapters import trainable_parameters
+from idefics_qlora.model.execution import execution_of
 from idefics_qlora.model.precision import (
     DTYPES,
     check_finite,
@@ -39,10 +41,11 @@ from idefics_qlora.training.diagnostics import (
 )
 from idefics_qlora.training.divergence import divergence
 from idefics_qlora.training.evaluations import Evaluations
+from idefics_qlora.training.flat import FlatAdamW
 from idefics_qlora.training.history import History
 from idefics_qlora.training.inputs import ROWS_CHECKED, Inputs
-from idefics_qlora.training.optim import allocate_states, make_optimizer
 from idefics_qlora.training.overflow import OverflowReports, fp16_ledger
+from idefics_qlora.training.parts import named_in_checkpoints
 from idefics_qlora.training.result import Clock, TrainResult, run_metrics
 from idefics_qlora.training.resume import resume, take_over
 from idefics_qlora.training.saving import Saving
@@ -60,6 +63,7 @@ class Run:
         on_log: Called with every log record.
         stop: Knows whether a signal has asked the run to stop.
         background: Deletes old checkpoints.
+        cleanup: When it is over, the model is an ordinary one again.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Run:
         on_log: Callable[[dict[str, Any]], None] | None,
         stop: StopSignals,
         background: Executor,
+        cleanup: ExitStack,
     ) -> None:
         config, model = inputs.config, inputs.model
         self.inputs = inputs
@@ -76,7 +81,8 @@ class Run:
         self.config = config
         self.stop = stop
         clear_leftovers(folder)
-        set_compute_dtype(model, DTYPES[config.precision])
+        dtype = DTYPES[config.precision]
+        set_compute_dtype(model, dtype)
         set_activation_checkpointing(model, config.gradient_checkpointing)
         self._trainable = trainable_parameters(model)
         check_finite(
@@ -85,9 +91,15 @@ class Run:
             "65504, load_model(compute_dtype=torch.bfloat16) and precision='bf16'",
         )
         device = next(iter(self._trainable.values())).device
+        smaller = "use optim='paged_adamw_8bit' or adapters of a lower rank"
+        with advising("the optimizer's state", otherwise=smaller):
+            optimizer = cleanup.enter_context(FlatAdamW(named_in_checkpoints(model), config))
+        execution = execution_of(model, dtype, fast=config.fast)
+        cleanup.callback(execution.close)
         self.state = TrainState(
             model=model,
-            optimizer=make_optimizer(self._trainable.values(), config),
+            optimizer=optimizer,
+            execution=execution,
             scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
             config=config,
             total_steps=inputs.total_steps,
@@ -102,10 +114,6 @@ class Run:
         if checkpoint is not None:
             take_over(self.state, folder, checkpoint.parent)
             logger.info("resumed from %s at step %d", checkpoint, self.state.global_step)
-        smaller = "use optim='paged_adamw_8bit' or adapters of a lower rank"
-        with advising("the optimizer's state", otherwise=smaller):
-            allocate_states(self.state.optimizer)
-        self.state.optimizer.zero_grad(set_to_none=True)  # a failed run may have left some
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._first_step = self.state.global_step

@@ -18,7 +18,9 @@ from idefics_qlora.config import TrainConfig
 from idefics_qlora.data.fingerprints import Fingerprint
 from idefics_qlora.data.windows import Window
 from idefics_qlora.machine import environment
+from idefics_qlora.model.execution import Execution
 from idefics_qlora.training.diagnostics import Coverage
+from idefics_qlora.training.flat import FlatAdamW
 from idefics_qlora.training.parts import (
     AdapterPart,
     Counters,
@@ -42,7 +44,8 @@ class TrainState(Counters):
     """Everything that changes during a run; what of it must survive a restart is in ``PARTS``."""
 
     model: PeftModel
-    optimizer: torch.optim.Optimizer
+    optimizer: FlatAdamW
+    execution: Execution
     scaler: torch.amp.GradScaler
     config: TrainConfig
     total_steps: int

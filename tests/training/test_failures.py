@@ -10,9 +10,7 @@ import re
 import pytest
 import torch
 from helpers import config_of, same
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import get_worker_info
 

@@ -7,12 +7,12 @@ import weakref
 import pytest
 import torch
 from helpers import config_of, same
+from single_adamw import allocate_states, load_optimizer_state, make_optimizer, optimizer_state
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from idefics_qlora.model.adapters import adapter_tensors, trainable_parameters
 from idefics_qlora.training.flat import FlatAdamW
-from idefics_qlora.training.optim import load_optimizer_state, make_optimizer, optimizer_state
 
 OPTIMS = ["paged_adamw_8bit", "adamw_torch"]
 LORA = {"a": (16, 512), "b": (512, 16), "c": (16, 128), "d": (128, 16), "e": (16, 256)}
@@ -47,6 +47,7 @@ class Both:
     def __init__(self, shapes, config, merge, device="cpu"):
         self.single, self.flat = parameters_of(shapes, device), parameters_of(shapes, device)
         self.optimizer = make_optimizer(self.single.values(), config)
+        allocate_states(self.optimizer)
         self.ours = FlatAdamW(self.flat, config)
         self.ours._merge = merge
         self.config = config
@@ -129,14 +130,14 @@ def test_adjoining_parameters_are_updated_together():
     calls = []
     for buffer in flat._buffers:
         buffer.update = lambda part, step, group: calls.append((part.start, part.stop, step))
-    flat.touch(bytes([1, 1, 1, 1, 1]))
+    flat._touched[:] = bytes([1, 1, 1, 1, 1])
     flat.step()
     assert calls == [(0, 2 * 16 * 512 + 16 * 256, 1), (0, 2 * 16 * 128, 1)]
     flat.zero_grad()
-    flat.touch(bytes([1, 0, 0, 0, 0]))
+    flat._touched[:] = bytes([1, 0, 0, 0, 0])
     flat.step()
     calls.clear()
-    flat.touch(bytes([1, 1, 1, 1, 1]))
+    flat._touched[:] = bytes([1, 1, 1, 1, 1])
     flat.step()
     assert calls == [(0, 8192, 3), (8192, 8192 + 8192 + 4096, 2), (0, 4096, 2)]
 
@@ -217,9 +218,9 @@ def test_gradients_are_added_up_in_flat_memory():
         sum((p * 3.0).sum() for name, p in parameters.items() if name != "c").backward()
     for name, parameter in parameters.items():
         assert torch.equal(parameter.grad, torch.full_like(parameter, 0.0 if name == "c" else 6.0))
-    assert flat.touched == bytes([1, 1, 0, 1, 1])
+    assert flat._touched == bytes([1, 1, 0, 1, 1])
     flat.zero_grad()
-    assert flat.touched == bytes(5)
+    assert flat._touched == bytes(5)
     assert not any(p.grad.any() for p in parameters.values())
 
 
@@ -266,9 +267,9 @@ def test_a_replaced_parameter_is_taken_over():
     parameters["b"] = Parameter(torch.ones(LORA["b"]))
     flat.link(parameters)
     old.sum().backward()
-    assert flat.touched == bytes(5)
+    assert flat._touched == bytes(5)
     parameters["b"].sum().backward()
-    assert flat.touched == bytes([0, 1, 0, 0, 0])
+    assert flat._touched == bytes([0, 1, 0, 0, 0])
     flat.step()
     assert (parameters["b"] < 1.0).all()
 
@@ -281,8 +282,8 @@ def test_the_next_optimizer_takes_over():
     with before:
         pass
     sum(p.sum() for p in parameters.values()).backward()
-    assert flat.touched == bytes([1] * 5)
-    assert before.touched == bytes(5)
+    assert flat._touched == bytes([1] * 5)
+    assert before._touched == bytes(5)
     flat.step()
     assert flat.clip(1e9) > 0
     assert not any(buffer.gradients.any() for buffer in before._buffers)

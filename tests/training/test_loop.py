@@ -12,22 +12,16 @@ from torch.nn import functional as F
 import idefics_qlora as iq
 from idefics_qlora.model.adapters import trainable_parameters
 from idefics_qlora.model.precision import set_compute_dtype
+from idefics_qlora.training.flat import FlatAdamW
 from idefics_qlora.training.loop import train_step
 
 
-class Noting(torch.optim.SGD):
-    """Takes no step; ``gradient`` is the whole gradient that it was given, before clipping."""
-
-    def __init__(self, parameters):
-        super().__init__(list(parameters), lr=0.0)
+class Noting(FlatAdamW):
+    """Takes no step; ``gradient`` is the whole gradient that it was given."""
 
     def step(self, closure=None):
-        pass
-
-    def zero_grad(self, set_to_none=True):
-        gradients = [p.grad.flatten() for p in self.param_groups[0]["params"] if p.grad is not None]
-        self.gradient = torch.cat(gradients) if gradients else None
-        super().zero_grad(set_to_none)
+        self.gradient = torch.cat([p.grad for p in self.param_groups[0]["params"]])
+        return True
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -107,7 +101,7 @@ def test_the_window_decides_not_the_micro_batch(base, processor, examples):
         )
         state = state_of(model, config)
         # The step is taken by an optimizer that only notes what it is given.
-        state.optimizer = Noting(trainable_parameters(model).values())
+        state.optimizer = Noting(trainable_parameters(model), config)
         train_step(state, windows_of(processor, examples, config)[0])
         gradients.append(state.optimizer.gradient)
     reference = gradients[0]
@@ -205,7 +199,7 @@ def test_clipping_sees_the_true_gradient(base, processor, examples):
 def test_the_gradient_is_clipped(lora, processor, examples):
     """The optimizer gets a gradient of the norm that was asked for; the log its norm before."""
     state = state_of(lora, config_of("unused", max_grad_norm=0.01))
-    state.optimizer = Noting(trainable_parameters(lora).values())
+    state.optimizer = Noting(trainable_parameters(lora), state.config)
     output = train_step(state, windows_of(processor, examples, state.config)[0])
     assert output.grad_norm > 0.1
     assert state.optimizer.gradient.norm() == pytest.approx(0.01, rel=1e-3)
