@@ -580,8 +580,8 @@ MUTANTS = (
     _m(
         "files are not on the disk when the folder gets its name",
         "durable.py",
-        "        os.fsync(file.fileno())\n",
-        "",
+        "        file.flush()\n        os.fsync(file.fileno())\n",
+        "        file.flush()\n",
         FSYNC,
     ),
     _m(

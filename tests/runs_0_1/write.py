@@ -67,11 +67,11 @@ def model_and_processor(base: str | Path) -> tuple:
 
 
 def train(
-    name: str, output_dir: Path, rows: list[dict], base: str | Path = iq.tiny.BASE
+    name: str, output_dir: Path, rows: list[dict], base: str | Path = iq.tiny.BASE, **later
 ) -> iq.TrainResult:
-    """Train the run of this name, or go on with it."""
+    """Train the run of this name, or go on with it; ``later`` are settings that 0.1 did not have."""
     model, processor = model_and_processor(base)
-    config = iq.TrainConfig(output_dir=output_dir, **{**COMMON, **RUNS[name]})
+    config = iq.TrainConfig(output_dir=output_dir, **{**COMMON, **RUNS[name]}, **later)
     if name == "stream":
         stream = datasets.Dataset.from_list(rows).to_iterable_dataset().shuffle(seed=1)
         train_rows, eval_rows = stream, None
