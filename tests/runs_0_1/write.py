@@ -69,7 +69,7 @@ def model_and_processor(base: str | Path) -> tuple:
 def train(
     name: str, output_dir: Path, rows: list[dict], base: str | Path = iq.tiny.BASE, **later
 ) -> iq.TrainResult:
-    """Train the run of this name, or go on with it; ``later`` are settings that 0.1 did not have."""
+    """Train the run of this name, or go on with it; ``later`` are settings that 0.1 had not."""
     model, processor = model_and_processor(base)
     config = iq.TrainConfig(output_dir=output_dir, **{**COMMON, **RUNS[name]}, **later)
     if name == "stream":
