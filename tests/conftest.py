@@ -79,20 +79,21 @@ def picture() -> Image.Image:
 
 
 @pytest.fixture(scope="session")
-def _loaded() -> tuple:
+def loaded() -> tuple:
+    """The tiny base in 4 bits and its processor, for fixtures that are made once: copy the base."""
     return iq.tiny.load_model(device="cpu")
 
 
 @pytest.fixture
-def base(_loaded: tuple):
+def base(loaded: tuple):
     """The tiny base in 4 bits; a copy, so that a test may do with it what it likes."""
-    return copy.deepcopy(_loaded[0])
+    return copy.deepcopy(loaded[0])
 
 
 @pytest.fixture(scope="session")
-def processor(_loaded: tuple):
+def processor(loaded: tuple):
     """The tiny base's processor."""
-    return _loaded[1]
+    return loaded[1]
 
 
 @pytest.fixture(scope="session")

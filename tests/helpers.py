@@ -1,6 +1,8 @@
 """What several test files need besides fixtures."""
 
+import dataclasses
 import io
+import json
 import logging
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 import idefics_qlora as iq
+from idefics_qlora.checkpoint import load_checkpoint
 
 
 def config_of(folder, **changes):
@@ -24,6 +27,12 @@ def config_of(folder, **changes):
         "num_workers": 0,
     }
     return iq.TrainConfig(**{**settings, **changes})
+
+
+CLOCKS = ("seconds", "data_wait_s", "runtime", "per_second")
+"""Ends of the names of what is measured, and differs between two equal runs."""
+PLACES = ("output_dir", "resume", "num_workers")
+"""Settings of a process, not of a run."""
 
 
 def same(a, b):
@@ -48,6 +57,40 @@ def textured(side: int, seed: int) -> Image.Image:
     grain = np.random.default_rng(seed).normal(0, 12, (*image.size[::-1], 1))
     pixels = np.asarray(image.filter(ImageFilter.SHARPEN)) + grain
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def tensors_of(checkpoint):
+    """All tensors of a checkpoint: adapter, optimizer and random states."""
+    snapshot = load_checkpoint(checkpoint)
+    return {**snapshot.adapter, **snapshot.optimizer, **snapshot.rng}
+
+
+def without_clocks(records):
+    """Log records without what was measured."""
+    return [{k: v for k, v in r.items() if not k.endswith(CLOCKS)} for r in records]
+
+
+def content(checkpoint):
+    """Everything a checkpoint holds, clocks and places aside."""
+    snapshot = load_checkpoint(checkpoint)
+    (state,) = without_clocks([json.loads(json.dumps(snapshot.state))])
+    state["config"] = {k: v for k, v in state["config"].items() if k not in PLACES}
+    state["log_history"] = without_clocks(state["log_history"])
+    state.pop("run")
+    return dataclasses.replace(snapshot, state=state)
+
+
+def differences(a, b):
+    """Names of what differs between two checkpoints: of a run, and of one that was interrupted."""
+    a, b = content(a), content(b)
+    found = [f"state {k}" for k in a.state if a.state[k] != b.state.get(k)]
+    for name in ("adapter", "optimizer", "rng"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert x.keys() == y.keys()
+        found += [f"{name} {key}" for key in x if not torch.equal(x[key], y[key])]
+    if a.adapter_config != b.adapter_config:
+        found.append("adapter_config")
+    return found
 
 
 def equal_batches(a, b):

@@ -3,6 +3,7 @@
 What is damaged is passed over with a line in the log, and the whole checkpoint before it is used.
 """
 
+import copy
 import errno
 import hashlib
 import json
@@ -44,17 +45,17 @@ class Trainer:
         return iq.train(self.model, self.processor, self.rows[:4], self.rows[4:6], config=config)
 
 
-@pytest.fixture(scope="module")
-def train():
+@pytest.fixture(scope="session")
+def train(loaded):
     """A trainer with a small adapter, so that its files are small."""
-    model, processor = iq.tiny.load_model(device="cpu")
-    model = iq.add_lora(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    base, processor = loaded
+    model = iq.add_lora(copy.deepcopy(base), LoraConfig(r=4, target_modules=["q_proj"]))
     cards = iq.tiny.creature_cards(6, seed=0)
     rows = [iq.Example([card["image"], "What?"], f" {card['name']}.") for card in cards]
     return Trainer(model, processor, rows)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_steps(train, tmp_path_factory):
     """A run of two steps, both saved."""
     folder = tmp_path_factory.mktemp("whole") / "run"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import without_clocks
 from runs_0_1 import write
 
 import idefics_qlora as iq
@@ -68,14 +69,7 @@ def test_a_run_of_0_1_goes_on(name, start, tmp_path):
     assert ours.state["best_checkpoint"] == theirs.state["best_checkpoint"]
     best = theirs.state["best_checkpoint"]
     assert result.best_checkpoint == (best and tmp_path / best)
-    clocks = ("seconds", "data_wait_s", "runtime", "per_second")
-    there, here = (
-        [
-            {k: v for k, v in record.items() if not k.endswith(clocks)}
-            for record in content.state["log_history"]
-        ]
-        for content in (theirs, ours)
-    )
+    there, here = (without_clocks(run.state["log_history"]) for run in (theirs, ours))
     assert len(here) == len(there)
     for a, b in zip(here, there, strict=True):
         assert a == (pytest.approx(b, rel=tolerance) if tolerance else b)

@@ -124,36 +124,21 @@ def test_a_dead_worker_is_found_outside_the_main_thread(lora, processor, example
     assert time.monotonic() - started < LIMITED["loader_timeout_s"]
 
 
-class Deadly:
-    """Rows of which one ends the loader worker that reads it, or keeps it for ever."""
-
-    def __init__(self, rows, how):
-        self.rows, self.how = rows, how
-        self.deadly = int(epoch_order(42, 0, len(rows))[-1])  # in the third window
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        if index == self.deadly and get_worker_info() is not None:
-            if self.how == "die":
-                os.kill(os.getpid(), signal.SIGKILL)
-            threading.Event().wait()
-        return self.rows[index]
-
-
 @pytest.mark.parametrize(
-    ("how", "message"),
-    [("die", "loader worker .* ended with exit code -9"), ("hang", "gave nothing for 1 s")],
+    ("act", "message"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "loader worker .* ended with exit code -9"),
+        (lambda: threading.Event().wait(), "gave nothing for 1 s"),
+    ],
 )
-def test_a_lost_loader_worker_is_found(base, processor, examples, tmp_path, how, message):
+def test_a_lost_loader_worker_is_found(base, processor, examples, tmp_path, act, message):
     """The worker is named, what was learnt is saved, and a restart ends like an untouched run."""
     config = {**LIMITED, "loader_timeout_s": 1.0}
     model = iq.add_lora(copy.deepcopy(base))
-    dead = Deadly(examples[:12], how).deadly
-    with pytest.raises(LoaderError, match=rf"{message}.* one of the rows \[.*\b{dead}\b"):
+    rows = InWorker(examples[:12], act)
+    with pytest.raises(LoaderError, match=rf"{message}.* one of the rows \[.*\b{rows.number}\b"):
         iq.train(
-            model, processor, Deadly(examples[:12], how),
+            model, processor, rows,
             config=config_of(tmp_path / "a", **config, num_workers=1),
         )  # fmt: skip
     model = iq.add_lora(copy.deepcopy(base), seed=1)

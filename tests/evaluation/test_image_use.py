@@ -103,11 +103,11 @@ def test_few_rows_cannot_tell():
     assert chance_of(-np.ones(64)) == 1.0
 
 
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory):
+@pytest.fixture(scope="session")
+def taught(loaded, tmp_path_factory):
     """A tiny model that has begun to read cards, and held-out cards."""
-    model, processor = iq.tiny.load_model(device="cpu")
-    model = iq.add_lora(model)
+    base, processor = loaded
+    model = iq.add_lora(copy.deepcopy(base))
     config = iq.TrainConfig(
         output_dir=tmp_path_factory.mktemp("taught"),
         max_steps=24,

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from helpers import config_of, same
+from helpers import config_of, same, tensors_of
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import get_worker_info
@@ -61,17 +61,17 @@ class Clipping(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def end_of(folder):
-    snapshot = load_checkpoint(folder / "checkpoint-4")
-    return {**snapshot.adapter, **snapshot.optimizer, **snapshot.rng}
+LAST = "checkpoint-4"
 
 
-@pytest.fixture
-def whole(base, processor, examples, tmp_path):
+@pytest.fixture(scope="session")
+def whole(loaded, examples, tmp_path_factory):
     """The end of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    base, processor = loaded
     model = iq.add_lora(copy.deepcopy(base))
-    iq.train(model, processor, examples, config=config_of(tmp_path / "whole", **SETTINGS))
-    return end_of(tmp_path / "whole")
+    iq.train(model, processor, examples, config=config_of(folder, **SETTINGS))
+    return tensors_of(folder / LAST)
 
 
 def rows_of(window):
@@ -114,7 +114,7 @@ def test_a_step_that_fails(base, processor, examples, tmp_path, whole, moment, e
     if moment != "clipping":
         hook.remove()
     iq.train(model, processor, examples, config=config)
-    assert same(end_of(tmp_path / "run"), whole)
+    assert same(tensors_of(tmp_path / "run" / LAST), whole)
 
 
 def test_half_an_update_is_not_saved(base, processor, examples, tmp_path, whole):
@@ -129,7 +129,7 @@ def test_half_an_update_is_not_saved(base, processor, examples, tmp_path, whole)
         hook.remove()
     assert iq.latest_checkpoint(tmp_path / "run").name == "checkpoint-2"
     iq.train(model, processor, examples, config=config)
-    assert same(end_of(tmp_path / "run"), whole)
+    assert same(tensors_of(tmp_path / "run" / LAST), whole)
 
 
 def test_a_failing_save_does_not_hide_the_failure(lora, processor, examples, tmp_path):
@@ -152,7 +152,7 @@ def test_a_stale_gradient_is_not_learnt(base, processor, examples, tmp_path, who
     for parameter in trainable_parameters(model).values():
         parameter.grad = torch.ones_like(parameter)
     iq.train(model, processor, examples, config=config_of(tmp_path / "run", **SETTINGS))
-    assert same(end_of(tmp_path / "run"), whole)
+    assert same(tensors_of(tmp_path / "run" / LAST), whole)
 
 
 class Greedy:
@@ -191,7 +191,7 @@ def test_no_memory_for_a_row(base, processor, examples, tmp_path, whole, num_wor
     config = config_of(tmp_path / "run", **SETTINGS)
     model = iq.add_lora(copy.deepcopy(base))
     iq.train(model, processor, rows, config=config, to_example=lambda row: row["example"])
-    assert same(end_of(tmp_path / "run"), whole)
+    assert same(tensors_of(tmp_path / "run" / LAST), whole)
 
 
 @pytest.mark.parametrize("what", ["evaluation", "image_use", "samples"])
@@ -220,7 +220,7 @@ def test_no_memory_for_an_evaluation(base, processor, examples, tmp_path, whole,
         model, processor, examples, rows, config=config_of(tmp_path / "run", **settings)
     )
     assert result.global_step == 4
-    assert same(end_of(tmp_path / "run"), whole)
+    assert same(tensors_of(tmp_path / "run" / LAST), whole)
 
 
 def test_what_to_lower_is_said_outside_of_runs(base, processor, examples):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import same
+from helpers import same, tensors_of
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
@@ -60,12 +60,11 @@ class Victim:
         return json.loads((self.folder / f"{run}.json").read_text())
 
     def end(self, run: str) -> dict:
-        """The adapter, optimizer and random states of a run's last checkpoint."""
-        snapshot = load_checkpoint(self.folder / run / f"checkpoint-{SETTINGS['max_steps']}")
-        return {**snapshot.adapter, **snapshot.optimizer, **snapshot.rng}
+        """The tensors of a run's last checkpoint."""
+        return tensors_of(self.folder / run / f"checkpoint-{SETTINGS['max_steps']}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def victim(tmp_path_factory):
     """A victim with one untouched run, ``whole``, to compare with."""
     victim = Victim(tmp_path_factory.mktemp("victim"))

@@ -54,6 +54,10 @@ def test_the_first_bad_module_is_named(lora, processor, examples, tmp_path, capl
         iq.train(lora, processor, examples, config=config)
     assert caplog.text.count("the first module with an output that is not finite is") == 1
     assert victim_name in caplog.text
+    # What is saved knows the fallen scale, and a restart may try as often again.
+    state = load_checkpoint(iq.latest_checkpoint(tmp_path)).state
+    assert state["scaler"]["scale"] < 1
+    assert (state["window"], state["skips_in_a_row"]) == (25, 0)
 
 
 def test_what_is_not_finite_can_be_replayed(base, processor, examples, tmp_path):
@@ -89,18 +93,6 @@ def test_what_is_not_finite_can_be_replayed(base, processor, examples, tmp_path)
     config = config_of(tmp_path / "whole", precision="fp32")
     iq.train(whole, processor, examples, config=config)
     assert same(adapter_tensors(model), adapter_tensors(whole))
-
-
-def test_an_endless_overflow_saves_its_scale(lora, processor, examples, tmp_path):
-    """The state that is saved knows the fallen scale, and a restart may try as often again."""
-    module = lora.get_submodule("base_model.model.model.layers.1.self_attn.v_proj.lora_B.default")
-    module.register_forward_hook(lambda _, __, output: output * torch.inf)
-    config = config_of(tmp_path)
-    with pytest.raises(FloatingPointError, match="25 windows in a row"):
-        iq.train(lora, processor, examples, config=config)
-    state = load_checkpoint(iq.latest_checkpoint(tmp_path)).state
-    assert state["scaler"]["scale"] < 1
-    assert (state["window"], state["skips_in_a_row"]) == (25, 0)
 
 
 def test_an_infinite_loss_is_an_overflow(lora, processor, examples, tmp_path, monkeypatch):

@@ -2,11 +2,11 @@
 
 import copy
 import dataclasses
-import json
 import shutil
 
 import pytest
 import torch
+from helpers import differences, without_clocks
 from peft import LoraConfig
 
 import idefics_qlora as iq
@@ -17,8 +17,6 @@ from idefics_qlora.training.parts import Counters
 from idefics_qlora.training.state import PARTS, TrainState
 
 STEPS = 6
-CLOCKS = ("seconds", "data_wait_s", "eval_runtime", "eval_samples_per_second")
-CLOCKS += ("eval_steps_per_second",)
 MARKER = "xyzzy"
 """A row with this word makes its window overflow."""
 
@@ -40,13 +38,13 @@ def config_of(folder, **changes):
     return iq.TrainConfig(**{**settings, **changes})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rows(examples):
     """Ten rows: windows of four cross the borders of epochs, and step 5 ends one."""
     return examples[:10]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def overflowing(rows):
     """The same with one row that makes its windows overflow."""
     bad = dataclasses.replace(rows[4], completion=f" {MARKER}.")
@@ -67,34 +65,6 @@ def model_of(base, processor, seed=42):
     return model
 
 
-def content(folder):
-    """Everything a checkpoint holds, clocks and places aside."""
-    snapshot = load_checkpoint(folder)
-    state = json.loads(json.dumps(snapshot.state))
-    state["config"] = {k: v for k, v in state["config"].items() if k not in RUN_ONLY}
-    state.pop("run")
-    for record in [state, *state["log_history"]]:
-        for clock in CLOCKS:
-            record.pop(clock, None)
-    return dataclasses.replace(snapshot, state=state)
-
-
-RUN_ONLY = ("output_dir", "resume", "num_workers")
-
-
-def differences(a, b):
-    """Names of what differs between two checkpoints."""
-    a, b = content(a), content(b)
-    found = [f"state {k}" for k in a.state if a.state[k] != b.state.get(k)]
-    for name in ("adapter", "optimizer", "rng"):
-        x, y = getattr(a, name), getattr(b, name)
-        assert x.keys() == y.keys()
-        found += [f"{name} {key}" for key in x if not torch.equal(x[key], y[key])]
-    if a.adapter_config != b.adapter_config:
-        found.append("adapter_config")
-    return found
-
-
 def run(base, processor, rows, config, seed=42):
     """Train in what could be a fresh process: another adapter, other random states."""
     torch.manual_seed(seed)
@@ -110,6 +80,20 @@ def resumed_from(checkpoint, folder):
         if int(newer.name.split("-")[1]) > int(checkpoint.name.split("-")[1]):
             shutil.rmtree(newer)
     return folder
+
+
+@pytest.fixture(scope="session")
+def made_once(loaded, rows, tmp_path_factory):
+    """The run below."""
+    folder = tmp_path_factory.mktemp("two-steps")
+    run(*loaded, rows, config_of(folder, max_steps=2))
+    return folder
+
+
+@pytest.fixture
+def two_steps(made_once, tmp_path):
+    """A run of two steps; a copy, so that a test may do with it what it likes."""
+    return shutil.copytree(made_once, tmp_path / "two-steps")
 
 
 @pytest.mark.parametrize("kind", ["rows", "overflowing"])
@@ -143,7 +127,7 @@ class Failing:
         self.told = []
 
     def on_log(self, record):
-        self.told.append({k: v for k, v in record.items() if k not in CLOCKS})
+        self.told += without_clocks([record])
         kind = "evaluation" if "eval_loss" in record else "training"
         if self.where == f"on_log of {kind}" and record["step"] == self.step:
             raise ConnectionError("injected")
@@ -159,11 +143,6 @@ class Failing:
 
         model.get_base_model().register_forward_pre_hook(fail, with_kwargs=True)
         return model
-
-
-def history(result_or_state):
-    """Log records without their clocks."""
-    return [{k: v for k, v in r.items() if k not in CLOCKS} for r in result_or_state]
 
 
 MIDDLE, UNSAVED, LAST = 2, 3, 4
@@ -222,7 +201,7 @@ def test_what_failed_is_made_up_for(base, processor, rows, tmp_path, where, step
     for saved in (MIDDLE, LAST):
         name = f"checkpoint-{saved}"
         assert differences(tmp_path / "whole" / name, tmp_path / "failed" / name) == []
-    assert history(result.log_history)[:-1] == history(whole.log_history)[:-1]
+    assert without_clocks(result.log_history)[:-1] == without_clocks(whole.log_history)[:-1]
     assert result.best_checkpoint.name == whole.best_checkpoint.name
     theirs, ours = (adapter_tensors(m) for m in (whole_model, model))
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
@@ -239,6 +218,7 @@ EXECUTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXECUTIONS)
 def test_interrupted_in_each_execution(base, processor, rows, name, tmp_path):
     """Without a scaler, with PyTorch's AdamW, with dropout in recomputed layers: equal as well."""
@@ -292,51 +272,9 @@ def test_interrupted_while_the_micro_batch_grows(base, processor, rows, tmp_path
     assert any(name.startswith("adapter ") for name in found)
 
 
-@pytest.fixture
-def halfway(base, processor, overflowing, tmp_path):
-    """A whole run, and its third checkpoint (after a skipped window) to be tampered with."""
-    _, result = run(base, processor, overflowing, config_of(tmp_path / "whole"))
-    assert result.metrics["skipped_windows"] > 0
-    snapshot = load_checkpoint(tmp_path / "whole" / "checkpoint-3")
-    assert snapshot.state["skipped_windows"] > 0
-    return snapshot
-
-
-def without_scaler(snapshot):
-    fresh = torch.amp.GradScaler("cpu").state_dict()
-    return dataclasses.replace(snapshot, state={**snapshot.state, "scaler": fresh})
-
-
-def without_position(snapshot):
-    state = {**snapshot.state, "window": snapshot.state["window"] - 1}
-    return dataclasses.replace(snapshot, state=state)
-
-
-def without_rng(snapshot):
-    return dataclasses.replace(snapshot, rng={"cpu": torch.Generator().manual_seed(1).get_state()})
-
-
-def without_optimizer(snapshot):
-    optimizer = {key: torch.zeros_like(tensor) for key, tensor in snapshot.optimizer.items()}
-    return dataclasses.replace(snapshot, optimizer=optimizer)
-
-
-@pytest.mark.parametrize(
-    "leave_out", [None, without_scaler, without_position, without_rng, without_optimizer]
-)
-def test_each_state_is_needed(base, processor, overflowing, halfway, leave_out, tmp_path):
-    """The control of the test above: whatever a checkpoint leaves out, another adapter results."""
-    save(tmp_path / "run" / "checkpoint-3", leave_out(halfway) if leave_out else halfway)
-    run(base, processor, overflowing, config_of(tmp_path / "run"))
-    found = differences(tmp_path / "whole" / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
-    assert any(name.startswith("adapter ") for name in found) == bool(leave_out)
-    assert bool(found) == bool(leave_out)
-
-
-def test_every_count_goes_on(base, processor, rows, tmp_path):
+def test_every_count_goes_on(base, processor, rows, two_steps, tmp_path):
     """What a run has counted so far is in the result of whoever goes on with it."""
-    run(base, processor, rows, config_of(tmp_path / "a", max_steps=2))
-    snapshot = load_checkpoint(tmp_path / "a" / "checkpoint-2")
+    snapshot = load_checkpoint(two_steps / "checkpoint-2")
     snapshot.state.update(seconds=1234.5, num_bad_rows=3, skips_in_a_row=4)
     snapshot.state.update(first_nonfinite_module="model.norm")
     save(tmp_path / "b" / "checkpoint-2", snapshot)
@@ -383,27 +321,27 @@ def test_a_path_goes_back(base, processor, rows, tmp_path, caplog):
         ({"augment": False, "loss_on": "all"}, "(?s)loss_on: .*augment: True there, False here"),
     ],
 )
-def test_what_changes_the_mathematics_is_refused(base, processor, rows, tmp_path, changes, message):
+def test_what_changes_the_mathematics_is_refused(
+    base, processor, rows, two_steps, changes, message
+):
     """Each differing field is listed with its old and new value."""
-    run(base, processor, rows, config_of(tmp_path, max_steps=2))
     with pytest.raises(ValueError, match=message):
-        run(base, processor, rows, config_of(tmp_path, **changes))
+        run(base, processor, rows, config_of(two_steps, **changes))
 
 
-def test_other_rows_lora_or_base_are_refused(base, processor, rows, tmp_path):
+def test_other_rows_lora_or_base_are_refused(base, processor, rows, two_steps):
     """A run is not continued with other data, another adapter or another base."""
-    run(base, processor, rows, config_of(tmp_path, max_steps=2))
     with pytest.raises(ValueError, match="train_rows: 10 rows there, 9 here"):
-        run(base, processor, rows[:9], config_of(tmp_path))
+        run(base, processor, rows[:9], config_of(two_steps))
     lora = LoraConfig(r=4, lora_alpha=32, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
     model = iq.add_lora(copy.deepcopy(base), lora)
     with pytest.raises(ValueError, match=r"(?s)LoRA r: 16 there, 4 here.*LoRA target_modules"):
-        iq.train(model, processor, rows, rows[:2], config=config_of(tmp_path))
+        iq.train(model, processor, rows, rows[:2], config=config_of(two_steps))
     other = copy.deepcopy(base)
     with torch.no_grad():
         other.get_input_embeddings().weight.mul_(1.01)
     with pytest.raises(ValueError, match=r"base model: .* there, .* here"):
-        run(other, processor, rows, config_of(tmp_path))
+        run(other, processor, rows, config_of(two_steps))
 
 
 def test_what_does_not_change_the_mathematics_is_free(base, processor, rows, tmp_path):
@@ -442,20 +380,18 @@ def test_other_evaluation_rows_forget_the_best(base, processor, rows, tmp_path, 
     assert result.best_checkpoint.name == "checkpoint-3"
 
 
-def test_other_versions_are_told(base, processor, rows, tmp_path, caplog):
+def test_other_versions_are_told(base, processor, rows, two_steps, tmp_path, caplog):
     """Another library may compute other bits: the run goes on and says so."""
-    run(base, processor, rows, config_of(tmp_path / "a", max_steps=2))
-    snapshot = load_checkpoint(tmp_path / "a" / "checkpoint-2")
+    snapshot = load_checkpoint(two_steps / "checkpoint-2")
     snapshot.state["environment"]["versions"]["torch"] = "1.0"
     save(tmp_path / "b" / "checkpoint-2", snapshot)
     run(base, processor, rows, config_of(tmp_path / "b", max_steps=2))
     assert "torch was 1.0 when" in caplog.text
 
 
-def test_an_fp16_run_may_go_on_in_bf16(base, processor, rows, tmp_path, caplog):
+def test_an_fp16_run_may_go_on_in_bf16(base, processor, rows, two_steps, caplog):
     """The advice that an endless overflow gives can be followed."""
-    run(base, processor, rows, config_of(tmp_path, max_steps=2))
-    _, result = run(base, processor, rows, config_of(tmp_path, max_steps=3, precision="bf16"))
+    _, result = run(base, processor, rows, config_of(two_steps, max_steps=3, precision="bf16"))
     assert result.global_step == 3
     assert "precision was fp16 and is bf16 now" in caplog.text
 
@@ -483,13 +419,12 @@ def test_a_finetuned_model_is_verified(base, processor, rows, tmp_path):
         iq.load_finetuned(folder, device="cpu")
 
 
-def test_no_whole_checkpoint_is_no_fresh_start(base, processor, rows, tmp_path):
+def test_no_whole_checkpoint_is_no_fresh_start(base, processor, rows, two_steps):
     """If all checkpoints are damaged, the run does not start anew over them."""
-    run(base, processor, rows, config_of(tmp_path, max_steps=2))
-    for folder in tmp_path.glob("checkpoint-*"):
+    for folder in two_steps.glob("checkpoint-*"):
         (folder / "rng.safetensors").unlink()
     with pytest.raises(ValueError, match="none of checkpoint-1, checkpoint-2 in .* is whole"):
-        run(base, processor, rows, config_of(tmp_path))
+        run(base, processor, rows, config_of(two_steps))
 
 
 def test_going_on_elsewhere_takes_the_best_along(base, processor, rows, tmp_path):
@@ -547,18 +482,12 @@ class Forgetful:
 FIVE_STEPS = {"max_steps": 5, "eval_steps": 3, "load_best_model_at_end": False}
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """A folder for the whole run below, which is made once."""
-    return tmp_path_factory.mktemp("shared") / "whole"
-
-
-@pytest.fixture
-def five_steps(base, processor, overflowing, shared):
+@pytest.fixture(scope="session")
+def five_steps(loaded, overflowing, tmp_path_factory):
     """A whole run's checkpoints: a window overflowed before the third, which is the best so far."""
-    if not shared.exists():
-        run(base, processor, overflowing, config_of(shared, **FIVE_STEPS))
-    return shared
+    folder = tmp_path_factory.mktemp("five-steps")
+    run(*loaded, overflowing, config_of(folder, **FIVE_STEPS))
+    return folder
 
 
 @pytest.mark.parametrize("forgotten", [None, *PARTS])
@@ -577,6 +506,8 @@ def test_no_part_can_be_left_out(
         found += differences(whole, resumed)
         found += ["run"] * (run_of(whole) != run_of(resumed))
     assert bool(found) == (forgotten is not None)
+    learnt_by = {"counters", "scaler", "adapter", "optimizer", "random states"}
+    assert any(name.startswith("adapter ") for name in found) == (forgotten in learnt_by)
 
 
 def test_every_field_of_a_state_has_its_place():
