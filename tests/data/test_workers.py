@@ -130,6 +130,7 @@ def test_a_dead_worker_is_found_outside_the_main_thread(lora, processor, example
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "loader worker .* ended with exit code -9"),
         (lambda: threading.Event().wait(), "gave nothing for 1 s"),
     ],
+    ids=["dies", "hangs"],
 )
 def test_a_lost_loader_worker_is_found(base, processor, examples, tmp_path, act, message):
     """The worker is named, what was learnt is saved, and a restart ends like an untouched run."""
