@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -173,42 +173,54 @@ def windows(reader: RowReader) -> Windows:
     return Windows(reader, seed=0, global_batch_size=WINDOW, augment=True)
 
 
-def per_second(batches: Iterator[int], examples: int, warm_up: int) -> float:
+class Speed(NamedTuple):
+    """How fast a way loads."""
+
+    per_second: float
     """Examples per second, between the arrivals of two batches."""
+    cpu_ms: float
+    """CPU time of the main process per example, which other programs hardly change."""
+
+
+def measured(batches: Iterator[int], examples: int, warm_up: int) -> Speed:
+    """The speed of batches, of which each is the number of its examples."""
     for _ in range(warm_up):
         next(batches)
-    loaded, start = 0, time.perf_counter()
+    loaded, start, cpu_start = 0, time.perf_counter(), time.process_time()
     while loaded < examples:
         loaded += next(batches)
-    return loaded / (time.perf_counter() - start)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return Speed(loaded / seconds, 1e3 * cpu_seconds / loaded)
 
 
-def tutorial_speed(dataset: datasets.Dataset, processor: Any, examples: int) -> float:
-    """Examples per second of the tutorial's way."""
+def tutorial_speed(dataset: datasets.Dataset, processor: Any, examples: int) -> Speed:
+    """How fast the tutorial's way is."""
     batches = tutorial_batches(dataset, processor)
-    return per_second((len(batch["labels"]) for batch in batches), examples, warm_up=2)
+    return measured((len(batch["labels"]) for batch in batches), examples, warm_up=2)
 
 
-def speed(reader: RowReader, num_workers: int, examples: int) -> float:
-    """Examples per second of ours with so many workers."""
+def speed(reader: RowReader, num_workers: int, examples: int) -> Speed:
+    """How fast ours is with so many workers."""
     with Loading(windows(reader), num_workers=num_workers) as loading:
         arrivals = (len(window.rows) for window in loading)
         # Workers load ahead while nothing is timed: what they had ready then must be used up.
-        return per_second(arrivals, examples, warm_up=1 + 2 * num_workers)
+        return measured(arrivals, examples, warm_up=1 + 2 * num_workers)
 
 
-def decoding_speed(dataset: datasets.Dataset, examples: int) -> float:
-    """Pictures per second when they are decoded and nothing else."""
+def decoding_speed(dataset: datasets.Dataset, examples: int) -> Speed:
+    """How fast pictures are decoded when nothing else is done."""
     column = "image" if "image" in dataset.column_names else "image_path"
-    numbers = list(itertools.islice(itertools.cycle(range(len(dataset))), examples))
+    numbers = itertools.cycle(range(len(dataset)))
     paths = None if column == "image" else dataset[column][:]
-    start = time.perf_counter()
-    for number in numbers:
+
+    def decoded(number: int) -> int:
         if paths is None:
             dataset[number]  # `datasets` decodes when the row is asked for
         else:
             Image.open(paths[number]).load()
-    return examples / (time.perf_counter() - start)
+        return 1
+
+    return measured(map(decoded, numbers), examples, warm_up=0)
 
 
 def draft_difference(dataset: datasets.Dataset, processor: Any, folder: Path) -> dict[str, float]:
@@ -289,12 +301,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             dataset = make_rows(kind, folder, options.pictures, tuple(options.size))
             files = list(folder.glob("*.png" if kind == "png" else "*.jpg"))
             speeds = compare(dataset, processor, ways, options, folder / "kept")
-            median = {way: statistics.median(values) for way, values in speeds.items()}
+            median = {
+                way: statistics.median(speed.per_second for speed in rounds)
+                for way, rounds in speeds.items()
+            }
             first = median[str(first_way)]
             record = {
                 "kilobytes": sum(path.stat().st_size for path in files) / len(files) / 1e3,
                 "examples_per_second": median,
-                "rounds": speeds,
+                "rounds": {
+                    way: [speed.per_second for speed in rounds] for way, rounds in speeds.items()
+                },
+                "cpu_ms": {
+                    way: statistics.median(speed.cpu_ms for speed in rounds)
+                    for way, rounds in speeds.items()
+                    if "worker" not in way or way == "0 workers"  # workers have their own
+                },
                 "ratio": first / median["tutorial"],
                 "decoding_share": first / median["decoding"],
                 "decoding_share_tutorial": median["tutorial"] / median["decoding"],
@@ -324,9 +346,9 @@ def compare(
     ways: list[Way],
     options: argparse.Namespace,
     folder: Path,
-) -> dict[str, list[float]]:
-    """Examples per second of each way and of decoding alone, round by round."""
-    work: dict[str, Callable[[], float]] = {
+) -> dict[str, list[Speed]]:
+    """The speed of each way and of decoding alone, round by round."""
+    work: dict[str, Callable[[], Speed]] = {
         "decoding": lambda: decoding_speed(dataset, options.examples)
     }
     for way in ways:
@@ -335,7 +357,7 @@ def compare(
             continue
         reader = way.reader(dataset, processor, folder)
         work[str(way)] = partial(speed, reader, way.num_workers, options.examples)
-    speeds: dict[str, list[float]] = {way: [] for way in work}
+    speeds: dict[str, list[Speed]] = {way: [] for way in work}
     for _ in range(options.rounds):
         for way, measure in work.items():
             speeds[way].append(measure())

@@ -17,6 +17,7 @@ def test_every_way_is_measured(tmp_path, capsys):
     ways = {"tutorial", "0 workers", "kept: disk", "kept: memory", "draft", "draft, kept: disk"}
     assert record["examples_per_second"].keys() == ways | {"draft, kept: memory", "decoding"}
     assert all(speed > 0 for speed in record["examples_per_second"].values())
+    assert record["cpu_ms"].keys() == record["examples_per_second"].keys()
     assert 0 < record["draft_difference"]["mean"] < 1
     assert "| jpeg |" in capsys.readouterr().out
     assert torch.get_num_threads() == threads
