@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> iq.TrainResult:
             eval_batch_size=options.eval_batch_size,
             loss_on=options.loss_on,
             seed=options.seed,
-            num_workers=options.num_workers,
+            num_workers="auto" if options.num_workers == "auto" else int(options.num_workers),
         ),
         to_example=to_example,
         on_log=lambda record: print({name: round(value, 6) for name, value in record.items()}),
@@ -141,7 +141,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     flag("seed", 42, "seed of split, adapters, order, crops and dropout")
     flag("allow-private-hosts", False, "open URLs of your own network", action="store_true")
     flag("prefetch", False, "download all pictures before training", action="store_true")
-    flag("num-workers", 2, "processes that fetch and prepare pictures")
+    flag("num-workers", "auto", "processes that fetch and prepare pictures; auto: as needed")
     return parser.parse_args(arguments)
 
 

@@ -17,6 +17,7 @@ import import_time
 import loop
 import pytest
 import quickstart
+import torch
 from safetensors.torch import load_file
 
 import idefics_qlora as iq
@@ -169,22 +170,39 @@ def test_the_data_benchmark_runs(capsys):
     summary = data.main(
         [
             *("--pictures", "4", "--size", "60", "80", "--examples", "16", "--rounds", "1"),
-            *("--workers", "0", "1", "--memory-examples", "32"),
+            *("--workers", "0", "1", "--memory-examples", "32", "--caches"),
         ]
     )
     assert set(summary["kinds"]) == {"png", "jpeg", "datasets"}
     for record in summary["kinds"].values():
-        assert set(record["rounds"]) == {"decoding", "tutorial", "0 workers", "1 worker"}
+        assert set(record["rounds"]) == {"decoding", "tutorial", "0 workers", "1 worker", "draft"}
         assert record["ratio"] > 0
         assert [len(taken) for taken in record["private_mib"].values()] == [11, 11]
     assert "| png |" in capsys.readouterr().out
 
 
-def test_the_data_benchmark_compares_the_same_work(processor):
+def test_the_data_benchmark_keeps_and_drafts(tmp_path, capsys):
+    """At a small number of pictures, but large ones: a draft is another picture, hardly."""
+    threads = torch.get_num_threads()
+    arguments = ["--kinds", "jpeg", "--pictures", "3", "--examples", "16", "--rounds", "1"]
+    arguments += ["--size", "1200", "1000", "--workers", "0", "--caches", "disk", "memory"]
+    summary = data.main([*arguments, "--json", str(tmp_path / "speeds.json")])
+    assert json.loads((tmp_path / "speeds.json").read_text()) == summary
+    (record,) = summary["kinds"].values()
+    ways = {"tutorial", "0 workers", "kept: disk", "kept: memory", "draft", "draft, kept: disk"}
+    assert record["examples_per_second"].keys() == ways | {"draft, kept: memory", "decoding"}
+    assert all(speed > 0 for speed in record["examples_per_second"].values())
+    assert record["cpu_ms"].keys() == record["examples_per_second"].keys()
+    assert 0 < record["draft_difference"]["mean"] < 1
+    assert "| jpeg |" in capsys.readouterr().out
+    assert torch.get_num_threads() == threads
+
+
+def test_the_data_benchmark_compares_the_same_work(processor, tmp_path):
     """The tutorial's way gives the texts that ours gives, and pictures of the same shape."""
     dataset = data.datasets.Dataset.from_list(iq.tiny.creature_cards(4, seed=0))
     theirs = next(data.tutorial_batches(dataset, processor))
-    window = data.windows(dataset, processor)[0]
+    window = data.windows(data.Way().reader(dataset, processor, tmp_path))[0]
 
     def texts(ids, masks):
         pairs = zip(ids, masks, strict=True)
