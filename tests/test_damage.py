@@ -223,7 +223,7 @@ STATE_KEYS = (
     "num_examples", "num_images", "num_tokens", "num_bad_rows", "position", "seconds", "loss_sum",
     "unlogged_steps", "best_metric", "log_history", "first_nonfinite_module", "best_checkpoint",
     "unlogged_loss", "total_steps", "scaler", "optimizer", "config", "base", "train_rows",
-    "eval_rows", "environment", "run", "finished_step", "num_told",
+    "eval_rows", "environment", "run", "finished_step", "num_told", "draft",
 )  # fmt: skip
 INSIDE = (
     "config precision", "config micro_batch_size", "config seed", "base weights", "base rounding",
@@ -255,7 +255,7 @@ def test_a_state_that_lacks_a_key(train, run, caplog, key):
         del (state[outer[0]] if outer else state)[name]
 
     alter_state(run / "checkpoint-2", alter)
-    if key in ("run", "finished_step", "num_told"):  # as in a checkpoint of 0.1
+    if key in ("run", "finished_step", "num_told", "draft"):  # as in a checkpoint of 0.1
         assert train(run, 1).global_step == 2
     else:
         caplog.clear()

@@ -36,10 +36,10 @@ def same_model(a, b):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, _loaded):
+def whole(tmp_path_factory, loaded):
     """A folder that save_quantized wrote; not to be changed."""
     folder = tmp_path_factory.mktemp("saved") / "base"
-    iq.save_quantized(*_loaded, folder)
+    iq.save_quantized(*loaded, folder)
     return folder
 
 
