@@ -36,8 +36,8 @@ PLACES = ("output_dir", "resume", "num_workers")
 
 
 def same(a, b):
-    """Whether two dictionaries of tensors are equal to the bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    """Whether two dictionaries of tensors are equal to the bit, wherever each tensor lies."""
+    return a.keys() == b.keys() and all(torch.equal(a[name].cpu(), b[name].cpu()) for name in a)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -107,7 +107,7 @@ def test_memory_that_does_not_suffice_halves_the_micro_batch(on_gpu, tmp_path, c
         micro_batch_size=32,
         load_best_model_at_end=False,
     )
-    with memory_left(60):
+    with memory_left(100):  # of it 32 for cuBLAS on another stream
         result = iq.train(model, processor, cards, config=config)
     assert result.global_step == 2
     assert result.metrics["micro_batch_size"] < 32
@@ -129,7 +129,7 @@ def test_an_evaluation_that_does_not_fit_says_what_to_lower(on_gpu, tmp_path, ca
         )
         return iq.train(model, processor, cards, cards * 16, config=config)
 
-    with memory_left(100):
+    with memory_left(140):
         message = r"evaluation after step 2 does not fit .* eval_batch_size \(now 640\)"
         with pytest.raises(torch.OutOfMemoryError, match=message):
             run(640)

@@ -346,11 +346,17 @@ class FastPath:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.MemPool()
+        current = torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream):
+            # In this thread, whose cuBLAS handle the eager pass has made: none can be made now.
+            with (
+                torch.autograd.set_multithreading_enabled(False),
+                torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream),
+            ):
                 loss = self._pass(shape, static)
         except Exception as error:
-            # A recording that breaks off leaves generator and allocator believing it goes on.
+            # A recording that breaks off leaves stream, generator and allocator as if it went on.
+            torch.cuda.set_stream(current)
             generator.graphsafe_set_state(before)
             with contextlib.suppress(Exception):
                 torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool.id)

@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -144,6 +146,7 @@ def test_a_recording_that_fails(make, batches, monkeypatch, caplog):
             check_equal(actual, reference, 0.01)
     assert [r.message for r in caplog.records if "without CUDA graphs" in r.message].__len__() == 1
     assert path.counts.replayed == 0
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     path.close()
     monkeypatch.undo()
     torch.cuda.manual_seed(5)
@@ -154,6 +157,33 @@ def test_a_recording_that_fails(make, batches, monkeypatch, caplog):
     run(path, batches)
     assert path.counts.replayed >= 6
     path.close()
+
+
+FIRST = """
+import logging
+import sys
+
+import idefics_qlora as iq
+
+model, processor = iq.tiny.load_model(device="cuda:0")
+cards = iq.tiny.creature_cards(8, seed=0)
+config = iq.TrainConfig(
+    output_dir=sys.argv[1], max_steps=6, global_batch_size=4, micro_batch_size=4, save_steps=6,
+    load_best_model_at_end=False, logging_steps=1, num_workers=0,
+)
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+iq.train(iq.add_lora(model), processor, cards[:4], config=config)
+"""
+
+
+def test_the_first_pass_of_a_process_may_be_recorded(tmp_path):
+    """What a recording needs is there, though no thread of this process has computed before."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CUDA graphs were recorded" in done.stdout, done.stdout
+    assert "without CUDA graphs" not in done.stdout, done.stdout
 
 
 def test_memory_that_does_not_suffice(make, processor, cards):

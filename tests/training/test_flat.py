@@ -398,7 +398,7 @@ def test_a_step_waits_for_the_gpu_once():
         flat.zero_grad()
 
     step()
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         step()
     names = [event.name for event in profile.events()]
     assert names.count("aten::_local_scalar_dense") == 1

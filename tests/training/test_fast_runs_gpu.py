@@ -1,0 +1,138 @@
+"""Whole runs the fast way on a GPU: what holds for a run holds with graphs as well."""
+
+import copy
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import config_of, same
+from peft import LoraConfig
+
+import idefics_qlora as iq
+from idefics_qlora.checkpoint import load_checkpoint
+from idefics_qlora.data.formats import pokemon_card_example
+
+pytestmark = pytest.mark.gpu
+
+RUN = """
+import json, os, signal, sys
+import torch
+import idefics_qlora as iq
+from idefics_qlora.data.formats import pokemon_card_example
+
+folder, options = sys.argv[1], json.loads(sys.argv[2])
+kill_at, looks = options.pop("kill_at", None), options.pop("looks", False)
+torch.use_deterministic_algorithms(True)
+model, processor = iq.tiny.load_model(device="cuda:0")
+model = iq.add_lora(model)
+rows = [pokemon_card_example(card) for card in iq.tiny.creature_cards(24, seed=1)]
+for n, row in enumerate(rows):  # of many lengths, the longest shared by few
+    rows[n] = iq.Example([*row.prompt[:1], "And then. " * (5 * n % 13), *row.prompt[1:]], row.completion)
+
+def on_log(record):
+    if record["step"] == kill_at and "loss" in record:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if looks and "loss" in record:
+        iq.generate(model, processor, [rows[0].prompt], max_new_tokens=4)
+
+config = iq.TrainConfig(output_dir=folder, **{
+    **dict(max_steps=12, global_batch_size=8, micro_batch_size="auto", logging_steps=1, save_steps=4,
+        eval_steps=4, num_workers=2, load_best_model_at_end=False, save_total_limit=None),
+    **options})
+iq.train(model, processor, rows[4:], rows[:4] if config.load_best_model_at_end or looks else None,
+    config=config, on_log=on_log)
+"""
+
+
+def run(folder, **options):
+    """A run in a process of its own; its exit status."""
+    return subprocess.run(
+        [sys.executable, "-c", RUN, str(folder), json.dumps(options)],
+        env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+        check=False,
+    ).returncode
+
+
+def end_of(folder):
+    """Adapter, moments and random states at the end."""
+    snapshot = load_checkpoint(folder / "checkpoint-12")
+    return {**snapshot.adapter, **snapshot.optimizer, **snapshot.rng}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run comes to that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(folder) == 0
+    return end_of(folder)
+
+
+def test_killed_and_gone_on(whole, tmp_path):
+    """Dropout, graphs, mixed lengths, ``auto``: a killed run ends like the untouched, to the bit."""
+    assert run(tmp_path, kill_at=7) == -signal.SIGKILL
+    assert iq.latest_checkpoint(tmp_path).name == "checkpoint-4"
+    assert run(tmp_path) == 0
+    assert same(end_of(tmp_path), whole)
+
+
+def test_looking_changes_nothing(whole, tmp_path):
+    """Evaluations, and captions from ``on_log``, between the steps."""
+    assert run(tmp_path, looks=True, eval_steps=1) == 0
+    assert same(end_of(tmp_path), whole)
+
+
+def test_the_first_steps_are_those_of_the_eager_way(tmp_path, cards):
+    """Loss and gradient norm of 20 steps in fp16, without dropout: within 1 %."""
+    base, processor = iq.tiny.load_model(device="cuda:0")
+    logs = []
+    for fast in (False, True):
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj"])
+        model = iq.add_lora(copy.deepcopy(base), lora)
+        config = config_of(tmp_path / str(fast), max_steps=20, precision="fp16", fast=fast)
+        result = iq.train(model, processor, cards, config=config)
+        logs.append([record for record in result.log_history if "loss" in record])
+    for eager, fast in zip(*logs, strict=True):
+        assert fast["loss"] == pytest.approx(eager["loss"], rel=0.01)
+        assert fast["grad_norm"] == pytest.approx(eager["grad_norm"], rel=0.01)
+
+
+def test_windows_of_every_kind(tmp_path, cards):
+    """Without a picture, with five, of one row: losses are those of the eager way."""
+    base, processor = iq.tiny.load_model(device="cuda:0")
+    one = pokemon_card_example(cards[0])
+    rows = [
+        iq.Example(["Question: What is blue? Answer:"], " The sky."),
+        iq.Example([*one.prompt[:1] * 5, "Question: What are they? Answer:"], " Five cards."),
+        one,
+    ] * 2
+    losses = []
+    for fast in (False, True):
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj"])
+        model = iq.add_lora(copy.deepcopy(base), lora)
+        settings = {"global_batch_size": 1, "micro_batch_size": 1, "max_steps": 9, "fast": fast}
+        config = config_of(tmp_path / str(fast), precision="fp16", **settings)
+        result = iq.train(model, processor, rows, config=config)
+        losses.append([record["loss"] for record in result.log_history if "loss" in record])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_two_runs_leave_nothing(tmp_path, cards):
+    """One after the other in one process: graphs, pools and flat memory are given back."""
+    model, processor = iq.tiny.load_model(device="cuda:0")
+    model = iq.add_lora(model)
+    held = []
+    for name in ("a", "b"):
+        config = config_of(tmp_path / name, precision="fp16", fast=True, max_steps=6)
+        iq.train(model, processor, cards, config=config)
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert held[1][0] - held[0][0] < 2**20
+    assert held[1][1] - held[0][1] < 100 * 2**20
