@@ -32,7 +32,8 @@ model, processor = iq.tiny.load_model(device="cuda:0")
 model = iq.add_lora(model)
 rows = [pokemon_card_example(card) for card in iq.tiny.creature_cards(24, seed=1)]
 for n, row in enumerate(rows):  # of many lengths, the longest shared by few
-    rows[n] = iq.Example([*row.prompt[:1], "And then. " * (5 * n % 13), *row.prompt[1:]], row.completion)
+    image, *question = row.prompt
+    rows[n] = iq.Example([image, "And then. " * (5 * n % 13 + 1), *question], row.completion)
 
 def on_log(record):
     if record["step"] == kill_at and "loss" in record:
@@ -40,12 +41,13 @@ def on_log(record):
     if looks and "loss" in record:
         iq.generate(model, processor, [rows[0].prompt], max_new_tokens=4)
 
-config = iq.TrainConfig(output_dir=folder, **{
-    **dict(max_steps=12, global_batch_size=8, micro_batch_size="auto", logging_steps=1, save_steps=4,
-        eval_steps=4, num_workers=2, load_best_model_at_end=False, save_total_limit=None),
-    **options})
-iq.train(model, processor, rows[4:], rows[:4] if config.load_best_model_at_end or looks else None,
-    config=config, on_log=on_log)
+settings = dict(
+    max_steps=12, global_batch_size=8, micro_batch_size="auto", logging_steps=1, save_steps=4,
+    eval_steps=4, num_workers=2, load_best_model_at_end=False, save_total_limit=None,
+)
+config = iq.TrainConfig(output_dir=folder, **{**settings, **options})
+held_out = rows[:4] if looks else None
+iq.train(model, processor, rows[4:], held_out, config=config, on_log=on_log)
 """
 
 
@@ -73,7 +75,7 @@ def whole(tmp_path_factory):
 
 
 def test_killed_and_gone_on(whole, tmp_path):
-    """Dropout, graphs, mixed lengths, ``auto``: a killed run ends like the untouched, to the bit."""
+    """With dropout, graphs, mixed lengths and ``auto``, it ends like the untouched, to the bit."""
     assert run(tmp_path, kill_at=7) == -signal.SIGKILL
     assert iq.latest_checkpoint(tmp_path).name == "checkpoint-4"
     assert run(tmp_path) == 0
