@@ -349,9 +349,15 @@ class FastPath:
         current = torch.cuda.current_stream(self.device)
         try:
             # In this thread, whose cuBLAS handle the eager pass has made: none can be made now.
+            # What other threads do, such as the loader's that pins memory, is no part of it.
             with (
                 torch.autograd.set_multithreading_enabled(False),
-                torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream),
+                torch.cuda.graph(
+                    graph,
+                    pool=self._pool.id,
+                    stream=self._stream,
+                    capture_error_mode="thread_local",
+                ),
             ):
                 loss = self._pass(shape, static)
         except Exception as error:
@@ -360,6 +366,7 @@ class FastPath:
             generator.graphsafe_set_state(before)
             with contextlib.suppress(Exception):
                 torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool.id)
+                torch._C._cuda_releasePool(self.device.index or 0, self._pool.id)
             causes: list[BaseException] = [error]  # its end raises once more
             while causes[-1].__context__ is not None:
                 causes.append(causes[-1].__context__)

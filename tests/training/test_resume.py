@@ -215,13 +215,16 @@ EXECUTIONS = {
     "bf16": {"precision": "bf16"},
     "adamw_torch": {"optim": "adamw_torch"},
     "recomputed": {"gradient_checkpointing": True},
+    "fast": {"fast": True},
+    "fast in fp32": {"fast": True, "precision": "fp32", "optim": "adamw_torch"},
+    "fast and recomputed": {"fast": True, "gradient_checkpointing": True},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXECUTIONS)
 def test_interrupted_in_each_execution(base, processor, rows, name, tmp_path):
-    """Without a scaler, with PyTorch's AdamW, with dropout in recomputed layers: equal as well."""
+    """Without a scaler, with PyTorch's AdamW, with dropout in recomputed or fused layers: equal."""
     run(base, processor, rows, config_of(tmp_path / "whole", **EXECUTIONS[name]))
     folder = resumed_from(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed")
     run(base, processor, rows, config_of(folder, **EXECUTIONS[name]), seed=1)
