@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from idefics_qlora.config import TrainConfig
@@ -15,7 +17,7 @@ from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.fingerprints import Fingerprint
 from idefics_qlora.data.first_rows import FirstRows, Lengths, tell_same_rows
 from idefics_qlora.data.order import EvalBatches, epoch_order
-from idefics_qlora.data.pace import Reading
+from idefics_qlora.data.pace import Reading, chosen_workers
 from idefics_qlora.data.rows import RowReader, Rows
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Processor, check_model_and_processor
@@ -24,6 +26,8 @@ from idefics_qlora.images.kept import kept_pictures
 from idefics_qlora.model.adapters import check_trainable
 from idefics_qlora.model.base import base_fingerprint
 from idefics_qlora.notices import Notices
+
+logger = logging.getLogger(__name__)
 
 ROWS_CHECKED = 64
 """Rows of each kind that are read before training starts, in the order of their use."""
@@ -155,3 +159,17 @@ def _first_rows(
     is_eval = reader.name == "eval_rows"
     seen.tell(notices, config.eval_batch_size if is_eval else config.micro_batch_size)
     return fingerprint, seen
+
+
+def workers_of(inputs: Inputs, device: torch.device) -> int:
+    """Processes that load windows; tells the number that ``auto`` comes to, and why."""
+    if inputs.config.num_workers != "auto":
+        return inputs.config.num_workers
+    number, why = chosen_workers(
+        inputs.reading,
+        inputs.config.global_batch_size,
+        on_gpu=device.type == "cuda",
+        is_stream=inputs.reader.is_stream,
+    )
+    logger.info("num_workers='auto': %d (%s)", number, why)
+    return number

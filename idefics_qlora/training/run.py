@@ -19,7 +19,7 @@ from torch import Tensor
 from idefics_qlora.checkpoint import clear_leftovers
 from idefics_qlora.data.bad_rows import BadRows
 from idefics_qlora.data.order import StreamedWindows, Windows
-from idefics_qlora.data.pace import WAITING_SHARE, chosen_workers, what_helps
+from idefics_qlora.data.pace import WAITING_SHARE, what_helps
 from idefics_qlora.data.windows import Window
 from idefics_qlora.data.workers import LoaderError, Loading
 from idefics_qlora.families import family_of
@@ -43,7 +43,7 @@ from idefics_qlora.training.divergence import divergence
 from idefics_qlora.training.evaluations import Evaluations
 from idefics_qlora.training.flat import FlatAdamW
 from idefics_qlora.training.history import History
-from idefics_qlora.training.inputs import ROWS_CHECKED, Inputs
+from idefics_qlora.training.inputs import ROWS_CHECKED, Inputs, workers_of
 from idefics_qlora.training.overflow import OverflowReports, fp16_ledger
 from idefics_qlora.training.parts import named_in_checkpoints
 from idefics_qlora.training.result import Clock, TrainResult, run_metrics
@@ -122,16 +122,7 @@ class Run:
         self.history = History(self.state, self._clock, self.saving, on_log, self.epoch)
         self.overflow = OverflowReports(self.state, folder, self.saving)
         self._bad_rows = BadRows(config.on_bad_row, folder / "bad_rows.jsonl")
-        if config.num_workers == "auto":
-            self._num_workers, why = chosen_workers(
-                inputs.reading,
-                config.global_batch_size,
-                on_gpu=device.type == "cuda",
-                is_stream=inputs.reader.is_stream,
-            )
-            logger.info("num_workers='auto': %d (%s)", self._num_workers, why)
-        else:
-            self._num_workers = config.num_workers
+        self._num_workers = workers_of(inputs, device)
         self._loading = partial(
             Loading,
             num_workers=self._num_workers,

@@ -402,3 +402,16 @@ def test_a_step_waits_for_the_gpu_once():
         step()
     names = [event.name for event in profile.events()]
     assert names.count("aten::_local_scalar_dense") == 1
+
+
+@pytest.mark.gpu
+def test_paged_memory_is_used_again():
+    """bitsandbytes never gives it back: the next run of the same size takes it, cleared."""
+    places = []
+    for _ in range(2):
+        with FlatAdamW(parameters_of({"a": (16, 16384)}, "cuda:0"), config_of("unused")) as flat:
+            moments = flat._buffers[0].moments
+            assert not moments.state1.any()
+            moments.state1.fill_(7)
+            places.append({moments.state1.data_ptr(), moments.state2.data_ptr()})
+    assert places[0] == places[1]
