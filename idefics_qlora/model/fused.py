@@ -24,6 +24,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -205,7 +206,18 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     plan = self.fused_plan
     if not plan.blocks.is_active:
         return type(self).forward(self, *args, **kwargs)
+    if _recomputes(self):
+        return self._gradient_checkpointing_func(partial(plan, **kwargs), *args)
     return plan(*args, **kwargs)
+
+
+def _recomputes(block: Any) -> bool:
+    """Whether a block is recomputed in the backward pass, and it is its forward that sees to it.
+
+    In older versions of transformers it was the call, outside of the forward that is replaced here.
+    """
+    is_on = getattr(block, "gradient_checkpointing", False) and block.training
+    return bool(is_on) and type(block).__call__ is nn.Module.__call__
 
 
 class _Unfit(Exception):

@@ -28,8 +28,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether these kernels run on the tensor's device."""
-    return triton is not None and (tensor.is_cuda or INTERPRETED)
+    """Whether these kernels run on the tensor's device; one without data stands for a GPU's."""
+    return triton is not None and (tensor.is_cuda or INTERPRETED or isinstance(tensor, FakeTensor))
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

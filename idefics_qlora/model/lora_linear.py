@@ -34,6 +34,7 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
@@ -207,12 +208,12 @@ class Group:
         memory, and a cast of them gives it back.
         """
         first, *others = (base.weight.detach() for base in self.bases)
-        end, memory = first.data_ptr() + first.nbytes, first.untyped_storage().data_ptr()
+        end, memory = first.storage_offset() + first.numel(), first.untyped_storage()
         for weight in others:
-            follows = weight.data_ptr() == end
-            if not follows or memory != weight.untyped_storage().data_ptr():
+            follows = weight.storage_offset() == end and weight.dtype == first.dtype
+            if not follows or memory._cdata != weight.untyped_storage()._cdata:
                 return None
-            end += weight.nbytes
+            end += weight.numel()
         if not all(base.weight.is_contiguous() for base in self.bases):
             return None
         return first.as_strided((self.outputs, self.inputs), (self.inputs, 1))
@@ -384,6 +385,8 @@ class Group:
     def _gradient(self, parameter: Parameter, a: Tensor, b: Tensor, alpha: float) -> Tensor | None:
         """The product ``alpha`` a b in the parameter's dtype, or ``None`` if it was added."""
         dtype = parameter.dtype
+        if isinstance(a, FakeTensor) and self.anchor is not None and parameter.grad is not None:
+            return None  # what memory takes is estimated: as by the product below, none
         if a.dtype != dtype and a.is_cuda and dtype == torch.float32:
             # fp32 out of the product itself: no overflow in fp16, no cast
             if self.anchor is not None and parameter.grad is not None and adds_products():

@@ -16,7 +16,12 @@ import idefics_qlora as iq
 from idefics_qlora.model import fused
 from idefics_qlora.model.graphs import FastPath, Shape, shape_of
 from idefics_qlora.model.loss import summed_cross_entropy
-from idefics_qlora.model.precision import DTYPES, autocast, set_compute_dtype
+from idefics_qlora.model.precision import (
+    DTYPES,
+    autocast,
+    set_activation_checkpointing,
+    set_compute_dtype,
+)
 
 CPU = torch.device("cpu")
 
@@ -53,6 +58,28 @@ def test_loss_and_gradient_are_the_models_own(base, batch):
     assert not path.linears.others
     check_equal(fast(path, batch), expected, 3e-5)
     path.close()
+
+
+def test_layers_are_recomputed_when_asked(base, batch, monkeypatch):
+    """Activation checkpointing runs every layer twice, with the same dropout: nothing changes."""
+    model, calls = adapted(base, dropout=0.1), []
+    decoder = fused._Decoder.__call__
+
+    def counted(self, *args, **kwargs):
+        calls.append(self)
+        return decoder(self, *args, **kwargs)
+
+    monkeypatch.setattr(fused._Decoder, "__call__", counted)
+    results = []
+    for recompute in (False, True):
+        set_activation_checkpointing(model, recompute)
+        path = FastPath(model, torch.float32)
+        torch.manual_seed(0)
+        results.append(fast(path, batch))
+        path.close()
+    layers = len(base.model.layers)
+    assert len(calls) == layers + 2 * layers
+    check_equal(results[1], results[0], 1e-6)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.05), ("bf16", 0.2)])
