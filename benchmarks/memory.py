@@ -101,7 +101,11 @@ def compare(architecture: str, options: argparse.Namespace) -> list[dict[str, An
         row = example(processor, text_tokens, images)
         text_tokens = len(Collator(processor).tokens([row])[0].ids)
         estimate = estimate_memory(
-            config, text_tokens=text_tokens, images=images, precision=options.precision
+            config,
+            text_tokens=text_tokens,
+            images=images,
+            precision=options.precision,
+            nested_constants=True,  # as the random model's are
         )
         for checkpointing, micro_batch in itertools.product(
             (False, True), sorted(options.micro_batches)

@@ -2,9 +2,10 @@
 
 Nothing is downloaded but ``config.json``, and nothing is computed: the model is built from tensors
 that have shapes and dtypes but no data, the library's own :func:`~idefics_qlora.add_lora` puts the
-adapters on, and one forward pass under the GPU's autocast rules tells which tensors the backward
-pass would keep. So the estimate follows the installed versions of ``transformers``, ``peft`` and
-``bitsandbytes`` instead of a formula that would have to be kept in step with them.
+adapters on, and a pass tells what it takes: the fast way's forward and backward pass, or a forward
+pass of the model's own layers under the GPU's autocast rules, of which the tensors count that the
+backward pass would keep. So the estimate follows the installed versions of ``transformers``,
+``peft`` and ``bitsandbytes`` instead of a formula that would have to be kept in step with them.
 
     python -m idefics_qlora.model.memory HuggingFaceM4/idefics-9b --text-tokens 200
 """
@@ -16,10 +17,10 @@ import copy
 import os
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 
 # Not public, but what PyTorch's own compiler traces with: tensors that claim to be on a GPU, so
 # that autocast and dropout behave as there, without a GPU.
@@ -29,8 +30,11 @@ from transformers import PretrainedConfig
 from idefics_qlora.config import Optim, Precision, check_choice, check_whole
 from idefics_qlora.families import family_of_config
 from idefics_qlora.model.base_weights import BaseWeights, check_base_weights, linear4bit_layers
+from idefics_qlora.model.graphs import FastPath
 from idefics_qlora.model.loading import load_config
+from idefics_qlora.model.memory_fast import MAX_MICRO_BATCH, fast_passes, packed_rows
 from idefics_qlora.model.memory_trace import (
+    Bytes,
     materialize,
     model_on_meta,
     num_weights,
@@ -50,29 +54,12 @@ CONTEXT_BYTES = 700 * 2**20
 FRAGMENTATION = 1.05
 """The allocator reserves more than is in use, because freed blocks do not fit what comes next."""
 
-WORKSPACE_BYTES = 32 * 2**20
-"""What cuBLAS allocates through PyTorch for its products on Hopper; less on older cards."""
-
-MAX_MICRO_BATCH = 1024
-"""Where the search for the largest micro-batch ends."""
+WORKSPACE_BYTES = 2 * 32 * 2**20
+"""What cuBLAS allocates through PyTorch for its products on Hopper, for each of two threads or
+streams; less on older cards."""
 
 LOSS_BYTES = 12
 """Per logit, while the loss goes back: fp32 log-probabilities and two fp32 gradients of them."""
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """Bytes that grow with the micro-batch: ``fixed + per_example * micro_batch``."""
-
-    fixed: int
-    per_example: int
-
-    def of(self, micro_batch: int) -> int:
-        """Bytes for a micro-batch of so many examples."""
-        return self.fixed + self.per_example * micro_batch
-
-    def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(self.fixed + other.fixed, self.per_example + other.per_example)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +78,8 @@ class MemoryEstimate:
     """Whether layers are recomputed, unless :meth:`peak` is told otherwise."""
     precision: Precision
     """Arithmetic of forward and backward."""
+    fast: bool
+    """Whether micro-batches are computed the fast way."""
 
     quantized_weights: int
     """NF4 weights and their scales."""
@@ -100,6 +89,8 @@ class MemoryEstimate:
     """Trainable parameters, fp32."""
     gradients: int
     """Their gradients, fp32."""
+    copies: int
+    """Copies of the adapters in the compute dtype, which the fast way has."""
     optimizer: int
     """Both moments of AdamW, as if none of them were paged out."""
 
@@ -107,18 +98,16 @@ class MemoryEstimate:
     """Saved for the backward pass when all activations are kept, and the logits."""
     inputs: Bytes
     """The same with activation checkpointing: the layers' inputs instead of what is inside them."""
-    loss: Bytes
-    """Needed beyond that while the loss goes back to the logits."""
-    layer: Bytes
-    """Needed beyond that while a layer goes back: a dequantised weight and some gradients."""
-    recomputed: Bytes
-    """Activations of the largest layer while it is recomputed."""
+    moments: tuple[Bytes, ...]
+    """What a pass takes when it may take the most, with all activations kept."""
+    moments_recomputed: tuple[Bytes, ...]
+    """The same with activation checkpointing."""
 
     @property
     def static(self) -> int:
         """Bytes in use whatever the micro-batch is."""
         weights = self.quantized_weights + self.other_weights + self.adapters
-        return weights + self.gradients + self.optimizer + WORKSPACE_BYTES
+        return weights + self.gradients + self.optimizer + self.copies + WORKSPACE_BYTES
 
     def activations(self, gradient_checkpointing: bool | None = None) -> Bytes:
         """Bytes that a micro-batch keeps from the forward to the backward pass.
@@ -135,7 +124,19 @@ class MemoryEstimate:
     ) -> int:
         """The most bytes in use, to be compared with ``torch.cuda.max_memory_allocated``.
 
-        What exists for a moment only, while the loss or a layer goes back, is an upper bound.
+        With ``fast=False``, what exists for a moment only, while the loss or a layer goes back, is
+        an upper bound.
+
+        Args:
+            micro_batch: Examples in one pass; the estimate's own by default.
+            gradient_checkpointing: Whether layers are recomputed; the estimate's own by default.
+        """
+        return self.static + self.passing(micro_batch, gradient_checkpointing)
+
+    def passing(
+        self, micro_batch: int | None = None, gradient_checkpointing: bool | None = None
+    ) -> int:
+        """The part of :meth:`peak` that a forward and backward pass takes.
 
         Args:
             micro_batch: Examples in one pass; the estimate's own by default.
@@ -145,9 +146,9 @@ class MemoryEstimate:
             micro_batch = self.micro_batch
         if gradient_checkpointing is None:
             gradient_checkpointing = self.gradient_checkpointing
-        layer = self.layer + self.recomputed if gradient_checkpointing else self.layer
-        passing = max(self.loss.of(micro_batch), layer.of(micro_batch))
-        return self.static + self.activations(gradient_checkpointing).of(micro_batch) + passing
+        moments = self.moments_recomputed if gradient_checkpointing else self.moments
+        rows = packed_rows(micro_batch, self.text_tokens) if self.fast else 0
+        return max(moment.of(micro_batch, rows) for moment in moments)
 
     def largest_micro_batch(
         self, card_gb: float, gradient_checkpointing: bool | None = None
@@ -182,12 +183,13 @@ class MemoryEstimate:
         plural = "" if self.images == 1 else "s"
         lines = [
             f"{self.name}: {self.text_tokens} text tokens and {self.images} image{plural} per "
-            f"example, {self.precision}",
+            f"example, {self.precision}" + ("" if self.fast else ", fast=False"),
             line("weights and optimizer", "GiB"),
             line("4-bit weights", *gib(self.quantized_weights)),
             line(f"other weights ({self.precision})", *gib(self.other_weights)),
             line("adapters (fp32)", *gib(self.adapters)),
             line("their gradients (fp32)", *gib(self.gradients)),
+            *([line(f"their copies ({self.precision})", *gib(self.copies))] if self.fast else []),
             line("optimizer", *gib(self.optimizer)),
             line("with cuBLAS' workspace", *gib(self.static)),
             line("activations", "kept", "recomputed"),
@@ -211,10 +213,11 @@ def estimate_memory(
     images: int = 1,
     micro_batch: int = 2,
     gradient_checkpointing: bool = False,
+    fast: bool = True,
     precision: Precision = "fp16",
     quantize: bool = True,
     base_weights: BaseWeights = "4bit",
-    nested_constants: bool = True,
+    nested_constants: bool = False,
     lora: LoraConfig | None = None,
     optim: Optim = "paged_adamw_8bit",
     revision: str | None = None,
@@ -229,12 +232,14 @@ def estimate_memory(
         micro_batch: Examples in one forward and backward pass. The estimate answers for every
             other number as well.
         gradient_checkpointing: Whether layers are recomputed. The estimate answers for both.
+        fast: As in ``TrainConfig``: a model that cannot go the fast way is estimated as it is
+            computed then, layer by layer.
         precision: As in ``TrainConfig``.
         quantize: As in ``load_model``.
         base_weights: As in ``load_model``.
-        nested_constants: Whether the scales of 4-bit weights are quantised themselves.
-            ``load_model`` leaves them so where the GPU's memory is short, and otherwise keeps them
-            in fp32, which takes 0.4 GB more for idefics-9b.
+        nested_constants: Whether the scales of 4-bit weights are quantised themselves, as
+            ``load_model`` leaves them where the GPU's memory is short. Otherwise they are in fp32,
+            which takes 0.4 GB more for idefics-9b.
         lora: As in ``add_lora``; the recipe's by default.
         optim: As in ``TrainConfig``.
         revision: Branch, tag or commit of a Hub checkpoint.
@@ -255,21 +260,45 @@ def estimate_memory(
     config = _configuration(checkpoint, revision)
     dtype = DTYPES[precision]
     model = model_on_meta(config, dtype, quantize and base_weights == "4bit", lora)
+    fast = fast and FastPath.why_not(model) is None
+    passes = fast_passes if fast else _layer_by_layer
+    taken = passes(model, config, dtype, text_tokens, images, nested_constants)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    quantized = quantized_tensors(model)
+    everything = storage_bytes([*model.parameters(), *model.buffers(), *quantized])
+    adapters = total_bytes(storage_bytes(trainable))
+    return MemoryEstimate(
+        name=getattr(config, "_name_or_path", "") or config.model_type,
+        text_tokens=text_tokens,
+        images=images,
+        micro_batch=micro_batch,
+        gradient_checkpointing=gradient_checkpointing,
+        precision=precision,
+        fast=fast,
+        quantized_weights=total_bytes(storage_bytes(quantized)),
+        other_weights=total_bytes(everything) - total_bytes(storage_bytes(quantized)) - adapters,
+        adapters=adapters,
+        gradients=adapters,
+        optimizer=sum(_optimizer_bytes(p.numel(), optim) for p in trainable),
+        **taken,
+    )
+
+
+def _layer_by_layer(
+    model: PeftModel, config: PretrainedConfig, dtype: torch.dtype, text_tokens: int, images: int,
+    nested: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """What passes take through the model's own layers: the fields of an estimate."""
     with FakeTensorMode(), torch.device("cuda"):
-        materialize(model, dtype, nested_constants)
+        materialize(model, dtype, nested)
         # Two points of a straight line; at 1, some copies would be views.
         two, three = (traced_forward(model, config, n, text_tokens, images, dtype) for n in (2, 3))
 
     def line(at_two: int, at_three: int) -> Bytes:
         return Bytes(3 * at_two - 2 * at_three, at_three - at_two)
 
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    quantized = quantized_tensors(model)
-    everything = storage_bytes([*model.parameters(), *model.buffers(), *quantized])
-    adapters = total_bytes(storage_bytes(trainable))
-
     num_logits = text_tokens * family_of_config(config).vocabulary(config)
-    logits = Bytes(0, num_logits * dtype.itemsize)
+    logits, loss = Bytes(0, num_logits * dtype.itemsize), Bytes(0, num_logits * LOSS_BYTES)
     largest = max(range(len(three.inside)), key=three.inside.__getitem__)
     # At most: the gradients of gate, up and their product beside an MLP's weight, dequantised.
     dequantized = (
@@ -284,24 +313,17 @@ def estimate_memory(
         ),
         default=0,
     )
-    return MemoryEstimate(
-        name=getattr(config, "_name_or_path", "") or config.model_type,
-        text_tokens=text_tokens,
-        images=images,
-        micro_batch=micro_batch,
-        gradient_checkpointing=gradient_checkpointing,
-        precision=precision,
-        quantized_weights=total_bytes(storage_bytes(quantized)),
-        other_weights=total_bytes(everything) - total_bytes(storage_bytes(quantized)) - adapters,
-        adapters=adapters,
-        gradients=adapters,
-        optimizer=sum(_optimizer_bytes(p.numel(), optim) for p in trainable),
-        kept=line(two.kept, three.kept) + logits,
-        inputs=line(two.inputs, three.inputs) + logits,
-        loss=Bytes(0, num_logits * LOSS_BYTES),
-        layer=line(3 * two.largest, 3 * three.largest) + Bytes(max(dequantized, dora), 0),
-        recomputed=line(two.inside[largest], three.inside[largest]),
-    )
+    layer = line(3 * two.largest, 3 * three.largest) + Bytes(max(dequantized, dora), 0)
+    recomputed = line(two.inside[largest], three.inside[largest])
+    kept = line(two.kept, three.kept) + logits
+    inputs = line(two.inputs, three.inputs) + logits
+    return {
+        "copies": 0,
+        "kept": kept,
+        "inputs": inputs,
+        "moments": (kept + loss, kept + layer),
+        "moments_recomputed": (inputs + loss, inputs + layer + recomputed),
+    }
 
 
 def _configuration(
@@ -327,6 +349,9 @@ def main(arguments: list[str] | None = None) -> MemoryEstimate:
     parser.add_argument("--text-tokens", type=int, default=100, help="per example")
     parser.add_argument("--images", type=int, default=1, help="per example")
     parser.add_argument("--micro-batch", type=int, default=2)
+    parser.add_argument(
+        "--slow", dest="fast", action="store_false", help="through the model's own layers"
+    )
     parser.add_argument("--precision", choices=get_args(Precision), default="fp16")
     parser.add_argument("--base-weights", choices=get_args(BaseWeights), default="4bit")
     parser.add_argument("--revision", help="of a Hub checkpoint")

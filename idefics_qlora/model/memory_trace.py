@@ -28,6 +28,27 @@ from idefics_qlora.model.adapters import add_lora
 from idefics_qlora.model.base_weights import linear4bit_layers
 
 
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes that grow with the micro-batch.
+
+    ``fixed + per_example * micro_batch + per_row * rows``; rows of text are packed and padded
+    the fast way, and nothing is counted by rows where they are not.
+    """
+
+    fixed: int
+    per_example: int
+    per_row: int = 0
+
+    def of(self, micro_batch: int, rows: int = 0) -> int:
+        """Bytes for a micro-batch of so many examples, in so many rows."""
+        return self.fixed + self.per_example * micro_batch + self.per_row * rows
+
+    def __add__(self, other: Bytes) -> Bytes:
+        fixed, per_example = self.fixed + other.fixed, self.per_example + other.per_example
+        return Bytes(fixed, per_example, self.per_row + other.per_row)
+
+
 def model_on_meta(
     config: PretrainedConfig, dtype: torch.dtype, quantize: bool, lora: LoraConfig | None
 ) -> PeftModel:

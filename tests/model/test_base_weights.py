@@ -197,7 +197,7 @@ def test_what_idefics_9b_takes():
     config = configuration("9b")
     nested, unnested, plain = (
         estimate_memory(config, text_tokens=97, **how)
-        for how in ({}, {"nested_constants": False}, {"base_weights": "dequantized"})
+        for how in ({"nested_constants": True}, {}, {"base_weights": "dequantized"})
     )
     in_16_bits = plain.other_weights - nested.other_weights
     assert in_16_bits / 1e9 == pytest.approx(17.3, rel=0.01)
