@@ -13,6 +13,8 @@ from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.formats import as_example, pokemon_card_example
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "idefics_qlora"
+TESTS = ROOT / "tests"
 PAGES = {path.name: path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]}
 DATA = PAGES["data.md"].read_text(encoding="utf-8")
 
@@ -140,7 +142,7 @@ def test_a_command_that_does_not_exist_is_found(command, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_names_exist(page):
-    """Every ``iq.name`` of a page can be typed, and every file of ours that it names is there."""
+    """Every ``iq.name`` of a page can be typed; every file of ours and every test is there."""
     text = PAGES[page].read_text(encoding="utf-8")
     for name in set(re.findall(r"\biq((?:\.[A-Za-z_]+)+)", text)):
         found = iq
@@ -149,6 +151,13 @@ def test_names_exist(page):
             found = getattr(found, part)
     for name in re.findall(r"`((?:benchmarks|examples|docs|tests|tools)/[\w./]*)`", text):
         assert (ROOT / name).exists(), name
+    for name in re.findall(r"`([a-z_0-9]+/[\w/]+\.py)`", text):
+        assert (ROOT / name).exists() or (PACKAGE / name).exists(), name
+    for name in re.findall(r"`(\w+\.py)`", text):
+        assert list(ROOT.glob(f"*/{name}")) + list(PACKAGE.rglob(name)), name
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
 
 
 @pytest.mark.parametrize("family", ["processor", "instruct_processor"])
