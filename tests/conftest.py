@@ -98,7 +98,7 @@ def processor(loaded: tuple):
 
 @pytest.fixture(scope="session")
 def instruct_processor(processor, tmp_path_factory: pytest.TempPathFactory):
-    """The tiny base's processor with ``<end_of_utterance>``, as the -instruct checkpoints have it.
+    """The tiny base's processor with ``<end_of_utterance>``, as the -instruct bases have it.
 
     The token takes the place of the vocabulary's last one, so that the model embeds it.
     """

@@ -100,7 +100,7 @@ class Collator:
     """Turns examples into a :class:`Batch`; owns how images, texts and turns interleave.
 
     The text of an example is the begin token, then its items in order, each image and each dialogue
-    written as the checkpoint's :class:`~idefics_qlora.families.family.Reader` knows it. Equal to
+    written as the base's :class:`~idefics_qlora.families.family.Reader` knows it. Equal to
     the processor's own reading of prompts, a hundred times faster on the image mask, and it cannot
     put an image behind its question.
 
@@ -109,7 +109,7 @@ class Collator:
     Padding, image tokens and the begin token are never targets.
 
     Args:
-        processor: The checkpoint's processor.
+        processor: The base's processor.
         loss_on: Which text tokens are targets.
         num_embeddings: Rows of the model's embedding, additional ones included; ids at or above it
             are an error here instead of a device assert later. ``None``: not checked.
@@ -227,7 +227,7 @@ class Collator:
                 token = self.tokenizer.convert_ids_to_tokens(largest)
                 raise ValueError(
                     f"token {token!r} has id {largest}, but the model embeds only ids below "
-                    f"{self.num_embeddings}: use the processor of the same checkpoint as the model"
+                    f"{self.num_embeddings}: use the processor of the same base as the model"
                 )
             control = [piece.text for piece in pieces if piece.is_control]
             found = [i for i in ids if i in self.control_ids]
@@ -352,7 +352,7 @@ class Collator:
         )
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        """The batch of some examples, images preprocessed as the checkpoint does."""
+        """The batch of some examples, images preprocessed as the base does."""
         tokens = self.tokens(examples)
         pairs = zip(examples, tokens, strict=True)
         return self.collate(tokens, [self.pixels(e.prompt, tokens=t) for e, t in pairs])

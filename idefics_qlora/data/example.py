@@ -23,7 +23,7 @@ Role = Literal["system", "user", "assistant"]
 class Turn:
     """One turn of a dialogue in a prompt.
 
-    How a dialogue is written depends on the checkpoint, so a turn holds no role names or control
+    How a dialogue is written depends on the base, so a turn holds no role names or control
     tokens: those are added with the tokenizer at hand.
 
     Attributes:

@@ -128,7 +128,7 @@ class StreamedWindows(IterableDataset[Window]):
 
 
 class EvalBatches(Dataset[Window]):
-    """The rows in order, ``batch_size`` at a time, images as the checkpoint preprocesses them."""
+    """The rows in order, ``batch_size`` at a time, images as the base preprocesses them."""
 
     def __init__(self, reader: RowReader, batch_size: int) -> None:
         reader.need_length()

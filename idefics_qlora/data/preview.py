@@ -115,7 +115,7 @@ def preview_batch(
     log, as before a training.
 
     Args:
-        processor: The checkpoint's processor, as ``load_model`` returns it.
+        processor: The base's processor, as ``load_model`` returns it.
         rows: Training or evaluation rows.
         to_example: Converts a row to an example, as in ``train``.
         indices: Rows to show, in one batch. ``None``: the first two.

@@ -35,7 +35,7 @@ def generate(
     """Continue prompts of interleaved images and texts.
 
     Greedy unless ``generate_options`` say otherwise. Image tokens are never produced, and a text
-    ends at the end-of-sequence token, or at ``<end_of_utterance>`` where the checkpoint has it.
+    ends at the end-of-sequence token, or at ``<end_of_utterance>`` where the base has it.
     For several texts of a prompt, pass it as often, with ``do_sample=True``.
 
     Args:

@@ -8,7 +8,7 @@ from idefics_qlora.families.family import Family, Model, Processor
 from idefics_qlora.families.idefics import Idefics
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (Idefics(),)}
-"""By the ``model_type`` of a checkpoint's ``config.json``."""
+"""By the ``model_type`` of a base's ``config.json``."""
 
 
 def family_of(model: Model) -> Family:
@@ -21,27 +21,27 @@ def family_of(model: Model) -> Family:
 
 
 def family_of_config(config: Any, name: str = "") -> Family:
-    """The family of a checkpoint's configuration.
+    """The family of a base's configuration.
 
     Args:
         config: A ``transformers`` configuration.
-        name: What to call the checkpoint in an error.
+        name: What to call the base in an error.
 
     Raises:
         ValueError: If it is of none; the message lists those that are known.
     """
     if config.model_type not in FAMILIES:
         known = " or ".join(
-            f"the {f.model_type!r} architecture ({f.known_checkpoints})" for f in FAMILIES.values()
+            f"the {f.model_type!r} architecture ({f.known_bases})" for f in FAMILIES.values()
         )
         raise ValueError(
-            f"{name or 'the model'} is a {config.model_type!r} checkpoint: expected {known}"
+            f"{name or 'the model'} is a {config.model_type!r} model: expected {known}"
         )
     return FAMILIES[config.model_type]
 
 
 def family_of_processor(processor: Processor) -> Family:
-    """The family whose checkpoints have such a processor.
+    """The family whose bases have such a processor.
 
     Raises:
         ValueError: If it is of none; the message lists those that are known.

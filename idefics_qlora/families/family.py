@@ -1,7 +1,7 @@
 """The seam between kinds of models: what differs between them, and nothing else.
 
-A :class:`Family` is facts and functions of an architecture. Bound to a checkpoint's processor it is
-a :class:`Reader`, which knows how texts and images become that checkpoint's tokens and pixels.
+A :class:`Family` is facts and functions of an architecture. Bound to a base's processor it is a
+:class:`Reader`, which knows how texts and images become that base's tokens and pixels.
 
 Shapes: B examples, T tokens, N images per example, S the side in pixels of the model's square.
 """
@@ -24,7 +24,7 @@ Model: TypeAlias = "PreTrainedModel | PeftModel"
 """The base, or the base with an adapter."""
 
 Processor: TypeAlias = Any
-"""The checkpoint's processor; its call signature is not used here."""
+"""The base's processor; its call signature is not used here."""
 
 
 class Piece(NamedTuple):
@@ -74,14 +74,14 @@ class Vision(ABC):
 
 
 class Reader(ABC):
-    """How one checkpoint's processor writes texts and reads images.
+    """How one base's processor writes texts and reads images.
 
     Attributes:
         tokenizer: The processor's.
         image_token: Stands for an image in a text; one for each.
         image_tokens: Tokens that only images have: never a target, never generated.
         control_tokens: Tokens with a meaning of their own, which no text may forge.
-        end_tokens: End an answer: that of a sequence, and of a turn where the checkpoint has one.
+        end_tokens: End an answer: that of a sequence, and of a turn where the base has one.
         side: S.
     """
 
@@ -125,9 +125,9 @@ class Family(ABC):
     """What differs between architectures.
 
     Attributes:
-        model_type: As in a checkpoint's ``config.json``.
+        model_type: As in a base's ``config.json``.
         processor_type: Name of the processor's class in ``transformers``.
-        known_checkpoints: Some of them, for messages.
+        known_bases: Some of them, for messages.
         parts: Parts of the model that have adapters of their own, the text's last.
         not_quantized: Linear layers that stay in the compute dtype.
         lora_targets: Modules that get adapters by default.
@@ -135,7 +135,7 @@ class Family(ABC):
 
     model_type: str
     processor_type: str
-    known_checkpoints: str
+    known_bases: str
     parts: tuple[str, ...]
     not_quantized: tuple[str, ...]
     lora_targets: tuple[str, ...]
@@ -184,7 +184,7 @@ class Family(ABC):
 
     @abstractmethod
     def reader(self, processor: Processor) -> Reader:
-        """The family bound to a checkpoint's processor.
+        """The family bound to a base's processor.
 
         Raises:
             ValueError: If it is the processor of another family.

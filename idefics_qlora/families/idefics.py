@@ -1,4 +1,4 @@
-"""IDEFICS, the first of the family: idefics-9b, idefics-80b and their -instruct checkpoints.
+"""IDEFICS, the first of the family: idefics-9b, idefics-80b and their -instruct bases.
 
 Shapes: B examples, T tokens, N images per example, S the side in pixels of the model's square.
 """
@@ -29,7 +29,7 @@ from idefics_qlora.images.cropping import full_image, random_crop
 IMAGE_TOKEN = "<image>"
 AROUND_IMAGE = "<fake_token_around_image>"
 END_OF_UTTERANCE = "<end_of_utterance>"
-"""Ends each turn of a dialogue; only the -instruct checkpoints have it."""
+"""Ends each turn of a dialogue; only the -instruct bases have it."""
 
 
 class Idefics(Family):
@@ -37,7 +37,7 @@ class Idefics(Family):
 
     model_type = "idefics"
     processor_type = "IdeficsProcessor"
-    known_checkpoints = "idefics-9b, idefics-9b-instruct, idefics-80b, ..."
+    known_bases = "idefics-9b, idefics-9b-instruct, idefics-80b, ..."
     parts = ("vision tower", "perceiver", "cross-attention", "text layers")
     not_quantized = ("lm_head", "embed_tokens")
     lora_targets = ("q_proj", "k_proj", "v_proj")
@@ -114,7 +114,7 @@ class Idefics(Family):
         }
 
     def reader(self, processor: Processor) -> IdeficsReader:
-        """The family bound to a checkpoint's processor."""
+        """The family bound to a base's processor."""
         return IdeficsReader(processor)
 
 
@@ -174,13 +174,13 @@ class IdeficsReader(Reader):
     An image becomes ``<fake_token_around_image><image><fake_token_around_image>``, adjacent images
     share the token between them.
 
-    A dialogue is written as the checkpoint knows it. One whose tokenizer has the token
-    ``<end_of_utterance>`` (the -instruct checkpoints) reads
+    A dialogue is written as the base knows it. One whose tokenizer has the token
+    ``<end_of_utterance>`` (the -instruct bases) reads
     ``User:<image>What?<end_of_utterance>\\nAssistant: That.<end_of_utterance>``, any other
     ``<image>Question: What? Answer: That.``, with a line for each question.
 
     Args:
-        processor: The checkpoint's ``IdeficsProcessor``.
+        processor: The base's ``IdeficsProcessor``.
 
     Raises:
         ValueError: If its tokenizer lacks the image tokens or a begin token.
@@ -196,7 +196,7 @@ class IdeficsReader(Reader):
         if self.tokenizer.unk_token_id in special or None in special:
             raise ValueError(
                 f"the tokenizer lacks {IMAGE_TOKEN}, {AROUND_IMAGE} or a begin token: "
-                "it is not the processor of an IDEFICS checkpoint"
+                "it is not the processor of an IDEFICS model"
             )
         self.is_instruct = END_OF_UTTERANCE in self.tokenizer.get_added_vocab()
         self.end_tokens = (self.tokenizer.eos_token, END_OF_UTTERANCE)[: 1 + self.is_instruct]

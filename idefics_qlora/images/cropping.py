@@ -25,7 +25,7 @@ CROP_SCALE = (0.9, 1.0)
 
 
 def full_image(image: Image.Image, side: int) -> Tensor:
-    """The whole picture squashed to the model's square, as the checkpoint's processor does.
+    """The whole picture squashed to the model's square, as the base's processor does.
 
     Args:
         image: RGB picture of any size.

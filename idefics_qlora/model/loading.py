@@ -60,7 +60,7 @@ def load_model(
     device: str | torch.device | None = None,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, Processor]:
-    """Load an IDEFICS checkpoint, in 4 bits by default, and its processor.
+    """Load an IDEFICS base, in 4 bits by default, and its processor.
 
     Args:
         checkpoint: Hub id (``HuggingFaceM4/idefics-9b``, ``-9b-instruct``, ``-80b``, ...) or a
@@ -75,14 +75,14 @@ def load_model(
             most a twentieth of its free memory (0.4 GB for idefics-9b; the weights are the same).
         compute_dtype: Arithmetic of the quantised layers and dtype of all that is not quantised.
         device: Where the model lives; by default the first GPU if there is one, else the CPU.
-        revision: Branch, tag or commit of a Hub checkpoint.
+        revision: Branch, tag or commit of a Hub id.
 
     Returns:
         The frozen model in evaluation mode, and its ``IdeficsProcessor``.
 
     Raises:
         FileNotFoundError: If a local folder, or its ``config.json``, does not exist.
-        ValueError: If the checkpoint holds another architecture, or an argument cannot work.
+        ValueError: If it holds another architecture, or an argument cannot work.
         CheckpointError: If a file of a folder that ``save_quantized`` wrote is missing, truncated
             or altered (a ``ValueError``).
         RuntimeError: If the GPU's memory does not suffice.
@@ -218,22 +218,22 @@ def load_finetuned(
 
 
 def load_config(
-    checkpoint: str | os.PathLike[str], revision: str | None = None
+    base: str | os.PathLike[str], revision: str | None = None
 ) -> tuple[str, PretrainedConfig]:
-    """The Hub id or folder of a checkpoint, and its configuration.
+    """The Hub id or folder of a base, and its configuration.
 
     Raises:
         FileNotFoundError: If a local folder, or its ``config.json``, does not exist.
-        ValueError: If the checkpoint holds another architecture.
+        ValueError: If it holds another architecture.
     """
-    name = _checked_source(checkpoint)
+    name = _checked_source(base)
     config = AutoConfig.from_pretrained(name, revision=revision)
     family_of_config(config, name)
     return name, config
 
 
-def _checked_source(checkpoint: str | os.PathLike[str]) -> str:
-    name = os.fspath(checkpoint)
+def _checked_source(base: str | os.PathLike[str]) -> str:
+    name = os.fspath(base)
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
@@ -241,10 +241,10 @@ def _checked_source(checkpoint: str | os.PathLike[str]) -> str:
             f"{str(folder)!r} holds an adapter, not a base model: load both with load_finetuned"
         )
     if not folder.exists():
-        if isinstance(checkpoint, str) and is_hub_id:
+        if isinstance(base, str) and is_hub_id:
             return name
         raise FileNotFoundError(
-            f"there is no folder {name!r}: expected a checkpoint's folder or a Hub id"
+            f"there is no folder {name!r}: expected a base's folder or a Hub id"
         )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(

@@ -54,7 +54,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_packed(config: PretrainedConfig) -> bool:
-    """Whether a configuration is of a checkpoint whose weights are in 4 bits already."""
+    """Whether a configuration is of a base whose weights are in 4 bits already."""
     quantization = getattr(config, "quantization_config", None) or {}
     return isinstance(quantization, dict) and bool(quantization.get("load_in_4bit"))
 
@@ -93,7 +93,7 @@ def save_quantized(
         if temporary.exists():  # left behind by a killed process
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
-        # The names that a checkpoint once had cannot be restored for weights that came packed.
+        # The names that a base once had cannot be restored for weights that came packed.
         model.save_pretrained(temporary, max_shard_size=SHARD_SIZE, save_original_format=False)
         processor.save_pretrained(temporary)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())

@@ -71,7 +71,7 @@ def test_it_stops_at_the_end_token(base, processor, picture):
 
 
 def test_an_answer_ends_with_its_utterance(base, instruct_processor, picture):
-    """Chat messages are prompts, and an -instruct checkpoint stops where the turn ends."""
+    """Chat messages are prompts, and an -instruct base stops where the turn ends."""
     end = instruct_processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
     prompts = []
 

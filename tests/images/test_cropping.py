@@ -40,7 +40,7 @@ def test_sharing_the_pictures_memory_changes_nothing(size, monkeypatch):
 
 
 def test_full_image_equals_the_processor(picture, processor):
-    """Evaluation pictures are, to the bit, what the checkpoint's own processor makes of them."""
+    """Evaluation pictures are, to the bit, what the base's own processor makes of them."""
     expected = processor.image_processor(
         [picture], do_rescale=False, do_normalize=False, return_tensors="pt"
     )

@@ -96,7 +96,7 @@ def test_errors_of_loading(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         iq.load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="'llama' checkpoint: expected the 'idefics'"):
+    with pytest.raises(ValueError, match="'llama' model: expected the 'idefics'"):
         iq.load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
         iq.load_finetuned(tmp_path)

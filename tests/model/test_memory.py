@@ -351,7 +351,7 @@ def test_values_that_cannot_work_are_named(arguments, message):
 def test_another_checkpoint_is_refused(tmp_path):
     """Only IDEFICS can be estimated; a missing folder is said to be missing."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="'llama' checkpoint: expected the 'idefics'"):
+    with pytest.raises(ValueError, match="'llama' model: expected the 'idefics'"):
         estimate_memory(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         estimate_memory(tmp_path / "missing")
