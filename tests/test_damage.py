@@ -1,6 +1,7 @@
 """Damaged checkpoints and folders with something in the way: none ends a run with a raw error.
 
 What is damaged is passed over with a line in the log, and the whole checkpoint before it is used.
+More than 400 lines: many small kinds of damage to one and the same run.
 """
 
 import copy

@@ -3,6 +3,7 @@
 Each :class:`Mutant` is a small change to the package's source that takes one guarantee away. The
 few tests that ought to notice are run against a changed copy of the repository; if they pass, a
 wider selection is. A mutant that no test notices has to be in :data:`ACCEPTED`, with its reason.
+More than 400 lines: most are the list of mutants.
 
     python tools/mutants.py              # all of them, one after the other
     python tools/mutants.py clip fsync   # those with such words in their names

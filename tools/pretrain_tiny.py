@@ -8,6 +8,8 @@ drawn here, though scenes have a card's layout and its shapes, patterns and mark
 "creature", "stage" or "hit", the cards' names and their types occur in unrelated sentences only,
 so that fine-tuning has a language to teach.
 
+More than 400 lines: one script, from the scenes to the weights, that nothing else imports.
+
 The shipped weights were made by the defaults on one NVIDIA H200 in five and a half minutes; two CPU
 cores would need several hours:
 

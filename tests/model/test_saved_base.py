@@ -1,4 +1,7 @@
-"""A 4-bit base on disk: the same to the bit, whole or not there, and known by its Hub id."""
+"""A 4-bit base on disk: the same to the bit, whole or not there, and known by its Hub id.
+
+More than 400 lines: all start from the same saved folder, which is made once.
+"""
 
 import copy
 import errno

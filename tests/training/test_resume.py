@@ -1,4 +1,7 @@
-"""A run that was interrupted ends bit for bit like one that was not."""
+"""A run that was interrupted ends bit for bit like one that was not.
+
+More than 400 lines: all compare runs with the same whole ones, which are made once.
+"""
 
 import copy
 import dataclasses
