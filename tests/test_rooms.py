@@ -61,7 +61,7 @@ def taken(file):
 
 KNOW_IDEFICS = {
     *("families.__init__", "families.idefics"),
-    *("model.fused", "model.graphs"),  # the fast way of this family
+    *("model.fused", "model.graphs", "model.memory_fast"),  # the fast way of this family
     "tiny.__init__",  # the embedded base is one
 }
 PARTS = r"vision_model|perceiver_resampler|gated_cross_attn|image_attention_mask|<fake_token"

@@ -1,7 +1,7 @@
 """The blocks of IDEFICS computed with few operations, for the loop's forward and backward passes.
 
-Past 400 lines: one family's blocks and ends, each short. In ``model/`` only this file and
-``graphs.py``, which runs them, know IDEFICS.
+Past 400 lines: one family's blocks and ends, each short. In ``model/`` only this file,
+``graphs.py``, which runs them, and ``memory_fast.py`` know IDEFICS.
 
 :func:`install` gives the blocks of a model (decoder, cross-attention and vision layers, perceiver,
 last norm) a forward that runs inside :meth:`FusedBlocks.active` and is the block's own elsewhere:
