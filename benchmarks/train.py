@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_arms import ARMS, SIZES, Bench, missing
+from train_arms import ARMS, SIZES, WARM_AGAIN, Bench, missing
 from train_meter import pairs_agree
 from train_tables import write_tables
 
@@ -66,7 +66,8 @@ def run_jobs(jobs: list[Job], options: argparse.Namespace) -> None:
         if round_ != of_round:  # a recipe's steps are those of its own round
             bench.done.clear()
             of_round = round_
-        if too_late(key, options, is_loaded=bench.base is not None):
+        is_measured = f"{key}-recipe" in bench.done
+        if too_late(key, options, is_loaded=bench.base is not None, is_measured=is_measured):
             print(f"{key}: left out, it does not fit into --minutes", flush=True)
             continue
         try:
@@ -79,11 +80,14 @@ def run_jobs(jobs: list[Job], options: argparse.Namespace) -> None:
             break
 
 
-def too_late(key: str, options: argparse.Namespace, *, is_loaded: bool) -> bool:
+def too_late(
+    key: str, options: argparse.Namespace, *, is_loaded: bool = False, is_measured: bool = False
+) -> bool:
     """Whether an arm of full size would run beyond the time that there is."""
     if options.deadline is None:
         return False
-    takes = ARMS[key].step_s * SIZES[options.size].steps + BESIDE_STEPS_S
+    num_steps = WARM_AGAIN if is_measured else SIZES[options.size].steps
+    takes = ARMS[key].step_s * num_steps + BESIDE_STEPS_S
     return time.time() + takes + (0 if is_loaded else LOADING_S) > options.deadline
 
 
@@ -133,7 +137,7 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
             for job in together:
                 add_record(options, *job, {"not_available": why})
             continue
-        while any(not too_late(key, options, is_loaded=False) for _, key in together):
+        while any(not too_late(key, options) for _, key in together):
             num_records = len(read(options)["records"])
             process = processes.Process(target=run_jobs, args=(together, options))
             process.start()
