@@ -22,7 +22,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 Precision = Literal["fp16", "bf16", "fp32"]
 Optim = Literal["paged_adamw_8bit", "adamw_torch"]
-Scheduler = Literal["linear", "cosine", "constant"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"]
+DecayType = Literal["linear", "cosine", "1-sqrt"]
 LossOn = Literal["completion", "all"]
 OnSaveError = Literal["raise", "continue"]
 OnBadRow = Literal["skip", "raise"]
@@ -45,7 +46,6 @@ def check_whole(smallest: int = 1, /, **numbers: int) -> None:
 _STEPS = "every so many steps, if there are eval_rows"
 _RESUME = "resume='auto' (the default) goes on, 'never' refuses, a path goes back to it"
 _ALWAYS = "nothing to set: it is done always"
-_FIXED = "nothing to set: it is AdamW's default"
 OTHER_NAMES = {
     "per_device_train_batch_size": "micro_batch_size",
     "per_gpu_train_batch_size": "micro_batch_size",
@@ -70,10 +70,6 @@ OTHER_NAMES = {
     "epochs": "num_train_epochs",
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
-    "warmup_ratio": "warmup_steps, in optimizer steps",
-    "adam_beta1": _FIXED,
-    "adam_beta2": _FIXED,
-    "adam_epsilon": _FIXED,
     "optimizer": "optim",
     "max_seq_length": "max_length",
     "max_seq_len": "max_length",
@@ -99,8 +95,9 @@ OTHER_NAMES = {
 GROUPS = {
     "run": ("output_dir", "seed"),
     "schedule": (
-        *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps"),
-        *("weight_decay", "max_grad_norm"),
+        *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type"),
+        *("lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
+        *("weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
     ),
     "batch": ("global_batch_size", "micro_batch_size", "gradient_checkpointing", "fast"),
     "precision": ("precision", "optim"),
@@ -198,6 +195,43 @@ def _no_number(config: Any, *names: str, zero: bool = False) -> Iterator[str]:
             yield f"{name}={value!r}: expected a finite number {bound}"
 
 
+def _no_share(config: Any, *names: str) -> Iterator[str]:
+    """A problem for each field that is no number of at least 0 and below 1."""
+    for name in names:
+        if not _is_share(value := getattr(config, name)):
+            yield f"{name}={value!r}: expected a number of at least 0 and below 1"
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+
+
+def _decay_problems(settings: Any) -> Iterator[str]:
+    """What is wrong with the parameters of ``warmup_stable_decay``."""
+    if not isinstance(settings, dict) or "num_decay_steps" not in settings:
+        yield (
+            f"lr_scheduler_kwargs={settings!r}: 'warmup_stable_decay' needs to know when to decay: "
+            "expected a dictionary such as {'num_decay_steps': 100}"
+        )
+        return
+    expected = {
+        "num_decay_steps": (_is_whole(settings["num_decay_steps"], 1), "a whole number from 1 on"),
+        "decay_type": (
+            settings.get("decay_type", "cosine") in get_args(DecayType),
+            f"one of {', '.join(get_args(DecayType))}",
+        ),
+        "min_lr_ratio": (
+            _is_share(settings.get("min_lr_ratio", 0)),
+            "a number of at least 0 and below 1",
+        ),
+    }
+    for name, value in settings.items():
+        if name not in expected:
+            yield f"lr_scheduler_kwargs has {name!r}: expected {', '.join(expected)}"
+        elif not expected[name][0]:
+            yield f"lr_scheduler_kwargs: {name}={value!r}: expected {expected[name][1]}"
+
+
 def _no_choice(config: Any, **choices: Any) -> Iterator[str]:
     """A problem for each field that is none of its ``Literal``'s values."""
     for name, choice in choices.items():
@@ -257,10 +291,19 @@ class TrainConfig:
     """Peak learning rate of AdamW."""
 
     lr_scheduler_type: Scheduler = "linear"
-    """Shape of the decay after the warm-up: ``linear`` or ``cosine`` to 0, or ``constant``."""
+    """What follows the warm-up: a ``linear`` or ``cosine`` decay to 0; ``constant``, also called
+    ``constant_with_warmup``; or ``warmup_stable_decay``: constant, and a decay at the end."""
+
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    """Of ``warmup_stable_decay``, as in ``transformers``: ``num_decay_steps`` (optimizer steps of
+    the decay; needed), ``decay_type`` (``cosine``, ``linear`` or ``1-sqrt``) and ``min_lr_ratio``
+    (where it ends, and the warm-up begins, as a share of the learning rate: 0)."""
 
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises linearly from 0."""
+
+    warmup_ratio: float = 0.0
+    """The same as a share of all optimizer steps, rounded up; instead of ``warmup_steps``."""
 
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW, applied to every adapter tensor."""
@@ -268,18 +311,57 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """L2 norm to which the gradient of all adapter tensors together is clipped."""
 
+    adam_beta1: float = 0.9
+    """Of the mean of the gradients, AdamW keeps this share from step to step."""
+
+    adam_beta2: float = 0.999
+    """The same of the mean of their squares."""
+
+    adam_epsilon: float = 1e-8
+    """Added to the root of that mean, by which AdamW divides."""
+
     def _schedule_problems(self) -> Iterator[str]:
         yield from _not_whole(self, 1, "max_steps", optional=True)
         yield from _no_number(self, "num_train_epochs", "learning_rate", "max_grad_norm")
         yield from _no_choice(self, lr_scheduler_type=Scheduler)
         yield from _not_whole(self, 0, "warmup_steps")
         yield from _no_number(self, "weight_decay", zero=True)
-        steps: Any = self.max_steps
-        if _is_whole(steps, 1) and _is_whole(self.warmup_steps, steps + 1):
+        yield from _no_number(self, "adam_epsilon")
+        yield from _no_share(self, "adam_beta1", "adam_beta2", "warmup_ratio")
+        if _is_whole(self.warmup_steps, 1) and self.warmup_ratio:
             yield (
-                f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}: "
-                "the learning rate would never reach its peak"
+                f"warmup_ratio={self.warmup_ratio!r} beside warmup_steps={self.warmup_steps}: "
+                "expected one of the two"
             )
+        if self.lr_scheduler_type == "warmup_stable_decay":
+            yield from _decay_problems(self.lr_scheduler_kwargs)
+        elif self.lr_scheduler_kwargs is not None:
+            yield (
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs!r}: only "
+                "lr_scheduler_type='warmup_stable_decay' has any"
+            )
+        if _is_whole(self.max_steps, 1):
+            yield from self.too_few_steps(self.max_steps)  # type: ignore[arg-type]
+
+    def too_few_steps(self, total_steps: int) -> Iterator[str]:
+        """What of the schedule has no place in a run of so many optimizer steps, as problems."""
+        of = f"max_steps={total_steps}"
+        if self.max_steps is None:
+            of = f"the {total_steps} steps that num_train_epochs={self.num_train_epochs} comes to"
+        if _is_whole(self.warmup_steps, total_steps + 1):
+            yield (
+                f"warmup_steps={self.warmup_steps} is more than {of}: the learning rate would "
+                "never reach its peak"
+            )
+        elif _is_whole(self.warmup_steps, 0) and _is_share(self.warmup_ratio):
+            settings = self.lr_scheduler_kwargs
+            decay = settings.get("num_decay_steps") if isinstance(settings, dict) else None
+            left = total_steps - self.num_warmup_steps(total_steps)
+            if _is_whole(decay, left + 1):
+                yield (
+                    f"lr_scheduler_kwargs: num_decay_steps={decay} is more than the {left} steps "
+                    f"that {of} leaves after the warm-up"
+                )
 
     # --- batch --------------------------------------------------------------------------------
 
@@ -454,6 +536,10 @@ class TrainConfig:
         if self.max_steps is not None:
             return self.max_steps
         return max(1, math.ceil(self.num_train_epochs * num_rows / self.global_batch_size))
+
+    def num_warmup_steps(self, total_steps: int) -> int:
+        """Optimizer steps of the warm-up in a run of so many."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values, as a checkpoint records them."""

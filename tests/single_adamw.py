@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from idefics_qlora.config import TrainConfig
-from idefics_qlora.training.optim import BETAS, EPS
 
 
 def make_optimizer(parameters: Iterable[Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -21,8 +20,8 @@ def make_optimizer(parameters: Iterable[Parameter], config: TrainConfig) -> torc
     """
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
-        "betas": BETAS,
-        "eps": EPS,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
         "weight_decay": config.weight_decay,
     }
     if config.optim == "adamw_torch":

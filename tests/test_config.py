@@ -46,9 +46,14 @@ def test_fields_are_frozen_names():
             "num_train_epochs",
             "learning_rate",
             "lr_scheduler_type",
+            "lr_scheduler_kwargs",
             "warmup_steps",
+            "warmup_ratio",
             "weight_decay",
             "max_grad_norm",
+            "adam_beta1",
+            "adam_beta2",
+            "adam_epsilon",
         ),
         "batch": ("global_batch_size", "micro_batch_size", "gradient_checkpointing", "fast"),
         "precision": ("precision", "optim"),
@@ -122,6 +127,11 @@ def test_every_problem_is_reported_at_once():
     [
         ({"micro_batch_size": 32}, "larger than global_batch_size=16"),
         ({"warmup_steps": 50, "max_steps": 40}, "never reach its peak"),
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_ratio=0.1 beside warmup_steps=5"),
+        (
+            {"lr_scheduler_kwargs": {"num_decay_steps": 3}},
+            r"num_decay_steps.*only lr_scheduler_type='warmup_stable_decay' has any",
+        ),
         ({"save_steps": 30}, "not a multiple of eval_steps=20"),
     ],
 )
@@ -143,6 +153,39 @@ def test_a_check_of_two_fields_bears_any_value_of_either(name, value):
     assert f"  - {name}={value!r}: expected a whole number" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (None, r"=None: .* expected a dictionary such as \{'num_decay_steps': 100\}"),
+        ("100", r"='100': .* expected a dictionary"),
+        ({"num_decay_steps": 0}, "num_decay_steps=0: expected a whole number from 1 on"),
+        ({"num_decay_steps": 8}, "num_decay_steps=8 is more than the 7 steps that max_steps=10"),
+        ({"num_decay_steps": 5, "decay_type": "step"}, "decay_type='step': expected one of"),
+        ({"num_decay_steps": 5, "min_lr_ratio": 1.5}, "min_lr_ratio=1.5: expected a number"),
+        ({"num_decay_steps": 5, "num_cycles": 2}, "has 'num_cycles': expected num_decay_steps, "),
+    ],
+)
+def test_the_parameters_of_a_decay_are_checked(settings, message):
+    """A schedule that cannot be is no surprise at the end of a long run."""
+    with pytest.raises(ValueError, match=message) as caught:
+        iq.TrainConfig(
+            output_dir="runs",
+            max_steps=10,
+            warmup_ratio=0.3,
+            lr_scheduler_type="warmup_stable_decay",
+            lr_scheduler_kwargs=settings,
+        )
+    assert str(caught.value).count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["adam_beta1", "adam_beta2", "warmup_ratio"])
+@pytest.mark.parametrize("value", [1, -0.1, float("nan"), "0.9", True])
+def test_shares_are_below_one(name, value):
+    """AdamW with a beta of 1 never moves; a ratio of 1 and more is mostly a number of steps."""
+    with pytest.raises(ValueError, match=rf"{name}=.*: expected a number of at least 0 and below"):
+        iq.TrainConfig(output_dir="runs", max_steps=10, **{name: value})
+
+
 def test_steps_follow_from_epochs():
     """Without max_steps, the epochs decide, the last window included."""
     config = iq.TrainConfig(output_dir="runs", num_train_epochs=1.5)
@@ -160,7 +203,6 @@ def test_steps_follow_from_epochs():
         ("eval_strategy", "steps", "eval_steps"),
         ("fp16", True, "precision='fp16'"),
         ("bf16", True, "precision='bf16'"),
-        ("warmup_ratio", 0.03, "warmup_steps"),
         ("dataloader_num_workers", 2, "num_workers"),
         ("resume_from_checkpoint", True, "resume='auto'"),
         ("leraning_rate", 1e-4, "did you mean learning_rate"),

@@ -84,6 +84,13 @@ def test_other_rows_are_still_told_from_those_of_0_1(tmp_path):
         write.train("fp32", tmp_path / "run", write.rows_of(tmp_path / "rows"))
 
 
+def test_a_setting_that_0_1_lacks_was_its_default(tmp_path):
+    """A run of 0.1 does not go on with another beta than AdamW's, though it does not name one."""
+    shutil.copytree(HERE / "fp32" / "checkpoint-2", tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="adam_beta1: 0.9 there, 0.5 here"):
+        write.train("fp32", tmp_path, write.rows_of(HERE / "rows"), fast=False, adam_beta1=0.5)
+
+
 def test_an_adapter_of_0_1_loads(tmp_path):
     """``load_finetuned`` takes a checkpoint of 0.1, with its base where it is now."""
     model, _ = iq.load_finetuned(HERE / "fp16" / LAST, base=iq.tiny.BASE, device="cpu")

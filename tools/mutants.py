@@ -293,9 +293,16 @@ MUTANTS = (
     _m(
         "there is no warm-up",
         "training/optim.py",
-        "if step < config.warmup_steps:",
+        "if step < warmup_steps:",
         "if False:",
         "training/test_optim.py::test_schedules_equal_transformers",
+    ),
+    _m(
+        "AdamW's constants are its defaults",
+        "training/flat.py",
+        '"betas": (config.adam_beta1, config.adam_beta2),',
+        '"betas": (0.9, 0.999),',
+        "training/test_optim.py::test_the_constants_of_adamw_are_the_settings",
     ),
     _m(
         "weight decay is ignored",

@@ -25,7 +25,6 @@ from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
 from idefics_qlora.config import TrainConfig
-from idefics_qlora.training.optim import BETAS, EPS
 
 BLOCK = 256
 """Elements that share a scale in an 8-bit state of bitsandbytes."""
@@ -50,7 +49,7 @@ class FlatAdamW(torch.optim.Optimizer):
     Args:
         parameters: The trainable fp32 parameters by name, all on one device; in the order in which
             the norm is taken. Their memory is replaced (:meth:`link`).
-        config: Gives ``optim``, ``learning_rate`` and ``weight_decay``.
+        config: Gives ``optim``, ``learning_rate``, ``weight_decay`` and AdamW's constants.
     """
 
     # GradScaler.step hands found_inf over and leaves it to us to look at it, instead of waiting for
@@ -79,8 +78,8 @@ class FlatAdamW(torch.optim.Optimizer):
         self._slots = sorted(slots, key=lambda slot: slot.number)
         settings = {
             "lr": config.learning_rate,
-            "betas": BETAS,
-            "eps": EPS,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "eps": config.adam_epsilon,
             "weight_decay": config.weight_decay,
         }
         super().__init__([buffer.weights for buffer in self._buffers], settings)

@@ -89,12 +89,8 @@ def check_inputs(
     if reader.is_stream and config.max_steps is None:
         raise ValueError("max_steps=None: a stream of rows has no length, so say how many steps")
     total_steps = config.max_steps or config.total_steps(len(reader))
-    if config.warmup_steps > total_steps:
-        raise ValueError(
-            f"warmup_steps={config.warmup_steps} is more than the {total_steps} steps that "
-            f"num_train_epochs={config.num_train_epochs} comes to: the learning rate would never "
-            "reach its peak"
-        )
+    if problems := list(config.too_few_steps(total_steps)):
+        raise ValueError(problems[0])
     notices = Notices()
     fingerprint, train_seen = _first_rows(reader, config, notices)
     origin: dict[str, Any] = {

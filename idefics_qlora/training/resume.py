@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -134,10 +135,12 @@ def restore(state: TrainState, snapshot: Snapshot, source: Path) -> None:
 def differences(state: TrainState, snapshot: Snapshot) -> list[str]:
     """What differs so that another run would result."""
     old, new = snapshot.state["config"], state.config.to_json()
+    # A setting that there was not yet: its default is what the run did without it.
+    old = {**{f.name: f.default for f in dataclasses.fields(TrainConfig)}, **old}
     problems = [
         f"{name}: {old[name]!r} there, {new[name]!r} here"
         for name in new
-        if name in old and name not in FREE_FIELDS and old[name] != new[name]
+        if name not in FREE_FIELDS and old[name] != new[name]
     ]
     old_lora, new_lora = snapshot.adapter_config, adapter_config(state.model)
     problems += [
@@ -191,7 +194,8 @@ def _tell_changes(state: TrainState, saved: dict[str, Any], source: Path) -> Non
 
 def _tell_new_length(state: TrainState, saved: dict[str, Any]) -> None:
     then, step = saved["total_steps"], saved["global_step"]
-    if then == state.total_steps or state.config.lr_scheduler_type == "constant":
+    constant = state.config.lr_scheduler_type in ("constant", "constant_with_warmup")
+    if then == state.total_steps or (constant and not state.config.warmup_ratio):
         return
     logger.warning(
         "the run was to have %d steps and is to have %d now: the %s schedule is stretched, so "

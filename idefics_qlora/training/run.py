@@ -274,7 +274,9 @@ class Run:
         if state.num_images == 0:  # what sees pictures had nothing to learn from
             family = family_of(model)
             still = [name for name in still if family.part_of(name) == family.text_part]
-        if still and state.global_step > max(self._first_step, self.config.warmup_steps):
+        if still and state.global_step > max(
+            self._first_step, self.config.num_warmup_steps(state.total_steps)
+        ):
             names = ", ".join(still[:5]) + (", ..." if len(still) > 5 else "")
             logger.warning("%d adapters never moved: %s", len(still), names)
         self._clock.update(state)

@@ -324,6 +324,10 @@ def test_a_path_goes_back(base, processor, rows, tmp_path, caplog):
         ({"global_batch_size": 2}, "global_batch_size: 4 there, 2 here"),
         ({"seed": 1}, "seed: 42 there, 1 here"),
         ({"learning_rate": 1e-3}, "learning_rate: 0.0002 there, 0.001 here"),
+        (
+            {"adam_beta2": 0.95, "warmup_steps": 0, "warmup_ratio": 0.2},
+            "(?s)warmup_steps: 2 .*warmup_ratio: 0.0 there, 0.2 .*adam_beta2: 0.999 there, 0.95",
+        ),
         ({"augment": False, "loss_on": "all"}, "(?s)loss_on: .*augment: True there, False here"),
     ],
 )
