@@ -274,7 +274,7 @@ def _drawn(figures: Figures, bars: dict[str, dict[str, float]]) -> str:
             f'<rect x="{x}" y="12" width="12" height="12" class="{_class(kind)}"/>'
             f'<text x="{x + 17}" y="22" class="small">{kind}</text>'
         )
-        x += 27 + 6.4 * len(kind)
+        x += 30 + 7 * len(kind)
     y = top
     for key, split in bars.items():
         total = sum(split.values())
@@ -306,10 +306,12 @@ def _drawn(figures: Figures, bars: dict[str, dict[str, float]]) -> str:
         "text {font: 14px system-ui, sans-serif; fill: #1f2937}\n"
         ".small {font-size: 12px}\n.name {text-anchor: end}\n"
         ".on, .on-idle {font-size: 12px; text-anchor: middle}\n.on {fill: #fff}\n"
-        f"{colours}\n.idle {{fill: #d1d5db}}\n"
+        f"{colours}\n.idle {{fill: #d1d5db}}\n.page {{fill: #fff}}\n"
         "@media (prefers-color-scheme: dark) {\n"
-        "text {fill: #e5e7eb}\n.on {fill: #fff}\n.idle {fill: #4b5563}\n}\n"
-        "</style>\n" + "\n".join(parts) + "\n</svg>\n"
+        "text {fill: #e5e7eb}\n.on {fill: #fff}\n.idle {fill: #4b5563}\n.page {fill: #0d1117}\n}\n"
+        f'</style><rect width="900" height="{y + 20}" class="page"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
     )
 
 

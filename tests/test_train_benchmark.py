@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -188,6 +189,8 @@ def test_the_picture_shows_how_a_step_is_divided():
     records = [traced("a", attention=10.0), traced("d", **{"matrix products": 75.0, "copies": 5.0})]
     content = {"versions": {"torch": "9"}, "records": records}
     drawn = train_tables.picture([content])
+    bars = [node.attrib for node in ElementTree.fromstring(drawn).iter() if "height" in node.attrib]
+    assert sum(float(bar["width"]) for bar in bars if bar["height"] == "30") == 2 * 620
     assert "<title>idle: 90.0 ms, 90%</title>" in drawn
     assert "<title>matrix products: 75.0 ms, 75%</title>" in drawn
     assert "<title>idle: 20.0 ms, 20%</title>" in drawn
