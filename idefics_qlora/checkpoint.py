@@ -72,7 +72,10 @@ _INSIDE = {
     "train_rows": {"number", "first"},
 }
 """Keys of some of its objects."""
-_MAY_HAVE = {"run": str, "finished_step": int, "num_told": int, "draft": bool}
+_MAY_HAVE = {
+    **{"run": str, "finished_step": int, "num_told": int, "draft": bool},
+    "diverged": (str, NoneType),
+}
 """What that of 0.1 does not have."""
 _COUNTS = (
     *("global_step", "window", "skipped_windows", "skips_in_a_row", "unlogged_steps"),

@@ -67,14 +67,14 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 MAX_SKIPS_IN_A_ROW = 25
 
 
-def fp16_ledger(state: TrainState, diverged: str | None) -> dict[str, Any] | None:
+def fp16_ledger(state: TrainState) -> dict[str, Any] | None:
     """What a run in fp16 has to tell at its end; otherwise ``None``."""
     if not state.scaler.is_enabled():
         return None
     share = state.skipped_windows / max(1, state.window)
     advice = "nothing to do: a few skipped windows at the start are usual"
-    if diverged is not None:
-        advice = f"{diverged}: lower learning_rate"
+    if state.diverged is not None:
+        advice = f"{state.diverged}: lower learning_rate"
     elif state.first_nonfinite_module is not None:
         advice = (
             f"the output of {state.first_nonfinite_module} overflowed: set precision='bf16' on an "
@@ -111,8 +111,6 @@ class OverflowReports:
 
     def __init__(self, state: TrainState, folder: Path, saving: Saving) -> None:
         self._state, self._folder, self._saving = state, folder, saving
-        self.diverged: str | None = None
-        """How training has diverged, if it has."""
 
     def report(self, window: Window) -> None:
         """Tell of a window whose fp16 gradients overflowed.
@@ -132,7 +130,7 @@ class OverflowReports:
         if tell and state.first_nonfinite_module is None:
             self._explain_overflow(window, diverged)
         if diverged:
-            self.diverged = str(diverged)
+            state.diverged = str(diverged)
             if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
                 # Not saved: it would be of no use, and might take a sound checkpoint's place.
                 raise FloatingPointError(self._way_back(diverged))

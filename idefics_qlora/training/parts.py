@@ -72,6 +72,8 @@ class Counters:
     log_history: list[dict[str, Any]] = field(default_factory=list)
     first_nonfinite_module: str | None = None
     """Where the first overflow was, if in a forward pass."""
+    diverged: str | None = None
+    """How training has diverged, if an overflow has told so."""
     finished_step: int = 0
     """The last step after which all that was due has been done. If it is not the last one, an
     evaluation or ``on_log`` failed, and the step is finished after a restart."""

@@ -294,6 +294,6 @@ class Run:
             metrics=metrics,
             log_history=[*state.log_history, {**metrics, "step": state.global_step}],
             best_checkpoint=self.saving.best_checkpoint,
-            fp16_ledger=fp16_ledger(state, self.overflow.diverged),
+            fp16_ledger=fp16_ledger(state),
             stopped_by=None if stopped is None else stopped.name,
         )

@@ -134,8 +134,9 @@ class CountersPart:
 
     def load_state_dict(self, saved: Snapshot) -> None:
         """Set them; a micro-batch that is set otherwise now stays as it is set."""
-        # 0.1 kept no account of these two
+        # 0.1 kept no account of these
         done = {
+            "diverged": None,
             "finished_step": saved.state["global_step"],
             "num_told": len(saved.state["log_history"]),
         }

@@ -45,12 +45,16 @@ def test_a_rate_far_too_high_is_named_first(base, processor, examples, tmp_path)
 
 
 def test_the_ledger_names_the_rate(base, processor, examples, tmp_path, caplog):
-    """A run that overflowed on its way and ended all the same is told why."""
+    """A run that overflowed and ended all the same is told why, also when it is started again."""
     config = config_of(tmp_path, precision="fp16", learning_rate=10.0, max_steps=2)
     config = dataclasses.replace(config, lr_scheduler_type="constant", eval_steps=2, save_steps=2)
-    result = iq.train(iq.add_lora(base), processor, examples, examples[:2], config=config)
+    model = iq.add_lora(base)
+    result = iq.train(model, processor, examples, examples[:2], config=config)
     assert result.fp16_ledger["skipped_windows"] > 0
     assert re.search("training has diverged.*: lower learning_rate", result.fp16_ledger["advice"])
+    again = iq.train(model, processor, examples, examples[:2], config=config)
+    assert again.global_step == result.global_step  # nothing was left to do
+    assert again.fp16_ledger == result.fp16_ledger
     assert "as is usual at first" not in caplog.text
 
 
