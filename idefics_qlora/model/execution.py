@@ -18,7 +18,7 @@ from torch import Tensor
 
 from idefics_qlora.data.batches import Batch
 from idefics_qlora.model.graphs import FastPath
-from idefics_qlora.model.lora_linear import has_hooks
+from idefics_qlora.model.lora_linear import hooks_of
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.precision import autocast
 
@@ -103,13 +103,13 @@ class Fast:
     def __init__(self, model: PeftModel, dtype: torch.dtype) -> None:
         self._path = FastPath(model, dtype)
         self._eager = Eager(model, dtype)
-        self._modules = list(model.modules())
+        self._hooks = [hooks for module in model.modules() for hooks in hooks_of(module)]
         self._one = torch.ones((), device=next(model.parameters()).device)
         self.runs_hooks = False
 
     def begin_window(self) -> None:
         """Look for hooks; cast A and B once."""
-        hooked = any(map(has_hooks, self._modules)) or any(map(_has_hooks, self._path.parameters))
+        hooked = any(self._hooks) or any(map(_has_hooks, self._path.parameters))
         if hooked and not self.runs_hooks:
             logger.info("there are hooks on the model: micro-batches go through its own layers")
         self.runs_hooks = hooked

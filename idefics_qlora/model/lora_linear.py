@@ -19,7 +19,7 @@ rounded once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -90,14 +90,19 @@ def why_not(layer: Any) -> str | None:
     return why_not_linear(layer.base_layer)
 
 
+def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """What is called before and after a module's forward and backward pass; the mappings stay."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything is called before or after a module's forward or backward pass."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return any(hooks_of(module))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ from idefics_qlora.config import TrainConfig
 
 BLOCK = 256
 """Elements that share a scale in an 8-bit state of bitsandbytes."""
+NOTHING = -0.0
+"""What a sum of gradients begins with: with 0.0, a gradient of -0.0 would become 0.0, which
+bitsandbytes' 8-bit states tell apart on a GPU."""
 MIN_8_BIT = 4096
 """Elements from which on bitsandbytes keeps a tensor's state in 8 bits."""
 MIN_PAGED = 100_000
@@ -140,7 +143,7 @@ class FlatAdamW(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients; they stay where they are, whatever ``set_to_none`` is."""
         for buffer in self._buffers:
-            buffer.gradients.zero_()
+            buffer.gradients.fill_(NOTHING)
         self._touched[:] = bytes(len(self._touched))
 
     def spoil_unless_finite(self, loss: Tensor) -> None:
@@ -347,7 +350,7 @@ class _Buffer:
             size += -(-parameter.numel() // BLOCK) * BLOCK
         device = next(iter(parameters.values()))[1].device
         self.weights = torch.zeros(size, device=device)  # zeros between the parameters stay zeros
-        self.weights.grad = self.gradients = torch.zeros(size, device=device)
+        self.weights.grad = self.gradients = torch.full((size,), NOTHING, device=device)
         self.moments = kind(size, device)
         self.slots = [
             _Slot(

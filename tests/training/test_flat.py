@@ -227,6 +227,16 @@ def test_gradients_are_added_up_in_flat_memory():
     assert not any(p.grad.any() for p in parameters.values())
 
 
+def test_a_gradient_of_minus_zero_stays_one():
+    """A GPU's 8-bit states tell it from zero, so adding it to the cleared memory must not."""
+    parameters = parameters_of(LORA)
+    flat = FlatAdamW(parameters, config_of("unused"))
+    for _ in range(2):
+        sum((p * -0.0).sum() for p in parameters.values()).backward()
+        assert all(p.grad.signbit().all() for p in parameters.values())
+        flat.zero_grad()
+
+
 def test_a_gradient_that_somebody_deletes_comes_back():
     """``zero_grad`` of the model between two steps does not make training go on without effect."""
     parameters = parameters_of(LORA)
