@@ -41,7 +41,7 @@ from torchvision import transforms
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.formats import first_sentence, pokemon_card_example
+from idefics_qlora.data.captions import first_sentence, pokemon_card_example
 from idefics_qlora.data.order import Windows
 from idefics_qlora.data.rows import RowReader
 from idefics_qlora.data.workers import Loading

@@ -22,7 +22,7 @@ import torch
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.captions import pokemon_card_example
 from idefics_qlora.data.order import Windows
 from idefics_qlora.data.rows import RowReader
 from idefics_qlora.families import family_of

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.captions import pokemon_card_example
 from idefics_qlora.data.order import Windows
 from idefics_qlora.data.rows import RowReader
 from idefics_qlora.machine import library_versions

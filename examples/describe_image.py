@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 import idefics_qlora as iq
-from idefics_qlora.data.formats import QUESTION
+from idefics_qlora.data.captions import QUESTION
 
 
 def main(arguments: list[str] | None = None) -> list[str]:

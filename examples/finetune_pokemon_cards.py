@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from peft import LoraConfig
 
 import idefics_qlora as iq
-from idefics_qlora.data.formats import QUESTION, pokemon_card_example
+from idefics_qlora.data.captions import QUESTION, pokemon_card_example
 from idefics_qlora.images.access import ImageAccess
 from idefics_qlora.images.prefetch import prefetch_images
 

@@ -22,7 +22,7 @@ from typing import Any
 import transformers
 
 import idefics_qlora as iq
-from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.captions import pokemon_card_example
 from idefics_qlora.machine import library_versions
 
 MAX_STEPS = 160

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from idefics_qlora import images, tiny
     from idefics_qlora.checkpoint import latest_checkpoint
     from idefics_qlora.config import TrainConfig
+    from idefics_qlora.data.captions import Captions, pokemon_card_example
     from idefics_qlora.data.example import Example, Turn
     from idefics_qlora.data.files import load_rows
-    from idefics_qlora.data.formats import Captions, pokemon_card_example
     from idefics_qlora.data.preview import Preview, preview_batch
     from idefics_qlora.data.workers import LoaderError
     from idefics_qlora.durable import CheckpointError
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "checkpoint": ("latest_checkpoint",),
     "config": ("TrainConfig",),
+    "data.captions": ("Captions", "pokemon_card_example"),
     "data.example": ("Example", "Turn"),
     "data.files": ("load_rows",),
-    "data.formats": ("Captions", "pokemon_card_example"),
     "data.preview": ("Preview", "preview_batch"),
     "data.workers": ("LoaderError",),
     "durable": ("CheckpointError",),

@@ -40,6 +40,21 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name].cpu(), b[name].cpu()) for name in a)
 
 
+def same_examples(a, b):
+    """Whether two examples are equal, their pictures by pixels, however they were opened."""
+
+    def plain(item):
+        if isinstance(item, Image.Image):
+            return item.size, item.tobytes()
+        if isinstance(item, iq.Turn):
+            return item.role, item.is_target, [plain(part) for part in item.content]
+        return item
+
+    assert [plain(item) for item in a.prompt] == [plain(item) for item in b.prompt]
+    assert (a.completion, a.references) == (b.completion, b.references)
+    return True
+
+
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     """The bytes of a picture."""
     buffer = io.BytesIO()

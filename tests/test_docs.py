@@ -10,7 +10,8 @@ from datasets import Dataset
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.formats import as_example, pokemon_card_example
+from idefics_qlora.data.captions import pokemon_card_example
+from idefics_qlora.data.formats import as_example
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "idefics_qlora"

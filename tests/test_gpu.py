@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import idefics_qlora as iq
-from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.captions import pokemon_card_example
 from idefics_qlora.model.adapters import adapter_tensors
 from idefics_qlora.training.flat import FlatAdamW
 

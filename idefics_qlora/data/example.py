@@ -79,6 +79,8 @@ class Example:
             :func:`as_turns`), up to the turn that the completion answers.
         completion: The text to learn; after images and texts it usually begins with a space. The
             end-of-sequence token is added by the library.
+        references: All right answers, where there are several (as VQA has); they change nothing in
+            training. Empty: the completion is the only one.
 
     Raises:
         TypeError: If an item of the prompt is neither text nor an image.
@@ -88,6 +90,7 @@ class Example:
 
     prompt: Sequence[PromptItem]
     completion: str
+    references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", as_prompt(self.prompt))
@@ -99,6 +102,10 @@ class Example:
                 f"completion={self.completion!r:.80} is empty, or nothing of it can be seen: there "
                 "is nothing to learn from this row; remove it, or give its text"
             )
+        references = self.references
+        if isinstance(references, str) or not all(isinstance(text, str) for text in references):
+            raise TypeError(f"references={references!r:.80}: expected a list of right answers")
+        object.__setattr__(self, "references", tuple(references))
 
 
 ToExample: TypeAlias = Callable[[Any], Example]
@@ -288,12 +295,14 @@ def _content_part(part: Any, number: int) -> str | Image.Image | None:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    if kind == "image":
+    if kind in ("image", "image_url"):
         source = part_source(part)
+        if source is None and kind == "image_url":
+            raise ValueError(f"content[{number}]={part!r:.80} has no picture: expected its URL")
         return None if source is None else open_value(source, f"content[{number}]")
     raise TypeError(
         f'content[{number}]={part!r:.80}: expected {{"type": "text", "text": a string}} or '
-        '{"type": "image"}'
+        '{"type": "image"} or {"type": "image_url", "image_url": {"url": ...}}'
     )
 
 

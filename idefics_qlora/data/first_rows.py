@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from idefics_qlora.data.batches import Tokens
+from idefics_qlora.data.captions import Captions
 from idefics_qlora.data.checks import (
     REPEATED_ROWS,
     SAME_PICTURES,
@@ -27,7 +28,6 @@ from idefics_qlora.data.checks import (
     text_findings,
 )
 from idefics_qlora.data.example import Example
-from idefics_qlora.data.formats import Captions
 from idefics_qlora.data.pace import Reading
 from idefics_qlora.data.rows import Look, RowReader
 from idefics_qlora.data.same_rows import Unread, digest, digest_of, same_unread

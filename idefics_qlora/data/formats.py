@@ -1,23 +1,25 @@
-"""Row formats that people have, and how each becomes an example."""
+"""Row formats that people have, in one table; the function of each is in ``converters.py``."""
 
 from __future__ import annotations
 
-import re
-import string
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
-from typing import Any
+import json
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, NamedTuple
 
+from idefics_qlora.data import converters
+from idefics_qlora.data.captions import (
+    IMAGE_COLUMNS,
+    Captions,
+    first_picture,
+    pokemon_card_example,
+)
 from idefics_qlora.data.example import (
     Example,
+    PromptItem,
     ToExample,
-    Turn,
-    are_messages,
-    named_messages,
-    open_value,
-    open_values,
-    turns_of,
+    as_prompt,
+    naming_row,
 )
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess, opening_with
 
@@ -30,8 +32,7 @@ def as_example(
     Args:
         row: One row of the training or evaluation rows.
         to_example: The user's conversion, or ``None`` for rows that are examples already, or
-            mappings with ``messages``, or with ``prompt`` and ``completion``, or rows like
-            PokemonCards'. Images stand in the texts' parts or in ``images`` (or one in ``image``).
+            mappings in one of the :data:`FORMATS`.
         access: What the row's pictures are opened with, unless ``to_example`` names another.
 
     Raises:
@@ -40,216 +41,224 @@ def as_example(
         KeyError: If ``to_example`` asks for a column that is not there.
     """
     with opening_with(access):
-        return _as_example(row, to_example)
+        if to_example is not None:
+            example = to_example(row)
+            if not isinstance(example, Example):
+                raise TypeError(f"to_example returned {example!r:.80}: expected an Example")
+            return example
+        return row if isinstance(row, Example) else _known_example(row)
 
 
-def _as_example(row: Any, to_example: ToExample | None) -> Example:
-    if to_example is not None:
-        example = to_example(row)
-        if not isinstance(example, Example):
-            raise TypeError(f"to_example returned {example!r:.80}: expected an Example")
-        return example
-    if isinstance(row, Example):
-        return row
-    if isinstance(row, Mapping):
-        if "messages" in row:
-            return _dialogue_example(named_messages("messages", row["messages"]), _images(row))
-        if {"prompt", "completion"} <= row.keys():
-            return _prompt_completion_example(row)
-        if {"name", "caption"} <= row.keys():
-            return pokemon_card_example(row)
-    columns = f"columns {sorted(row)}" if isinstance(row, Mapping) else f"type {type(row).__name__}"
+def prompt_of(
+    row: Any, to_example: ToExample | None = None, access: ImageAccess = DEFAULT_ACCESS
+) -> Sequence[PromptItem]:
+    """What a model is asked by a row; its answer is not looked at and may be missing.
+
+    Args:
+        row: As for :func:`as_example`, or a prompt.
+        to_example: As for :func:`as_example`; it may return a prompt instead of an example.
+        access: As for :func:`as_example`.
+
+    Raises:
+        TypeError, ValueError, KeyError: As :func:`as_example`.
+    """
+    with opening_with(access):
+        if isinstance(to_example, Captions):
+            return to_example.prompt(row)
+        if to_example is not None:
+            row = to_example(row)
+        elif isinstance(row, Mapping):
+            return _known_example(_answered(row)).prompt
+        return row.prompt if isinstance(row, Example) else as_prompt(row)
+
+
+class Format(NamedTuple):
+    """A kind of rows."""
+
+    name: str
+    needs: tuple[tuple[str, ...], ...]
+    """Columns that such a row has; of each tuple, one."""
+    answer: tuple[str, ...]
+    """Those of them that hold nothing but the answer: generation can do without."""
+    becomes: str
+    convert: Callable[[Mapping[str, Any]], Example]
+
+    def missing(self, row: Mapping[str, Any]) -> list[tuple[str, ...]]:
+        """What the row lacks, of each tuple one."""
+        return [columns for columns in self.needs if not any(c in row for c in columns)]
+
+
+def _known_example(row: Any) -> Example:
+    if not isinstance(row, Mapping):
+        raise TypeError(
+            f"a row with type {type(row).__name__} is no known format: expected an Example or a "
+            "mapping of columns; otherwise pass to_example= a function of your own"
+        )
+    for known in FORMATS:
+        if not known.missing(row):
+            return known.convert(row)
     raise TypeError(
-        f"a row with {columns} is no known format: expected an Example, or `messages`, or `prompt` "
-        "and `completion`, or `image`, `name` and `caption`; otherwise pass "
-        'to_example=idefics_qlora.Captions(answer=" {your_column}") or a function of your own'
+        f"a row with columns {sorted(map(str, row))} is no known format; {_nearest(row)}; "
+        'otherwise pass to_example=idefics_qlora.Captions(answer=" {your_column}") or a function '
+        "of your own"
     )
 
 
-def _prompt_completion_example(row: Mapping[str, Any]) -> Example:
-    prompt, completion = row["prompt"], row["completion"]
-    if are_messages(prompt):
-        if isinstance(completion, str):
-            completion = [{"role": "assistant", "content": completion}]
-        messages = [*named_messages("prompt", prompt), *named_messages("completion", completion)]
-        return _dialogue_example(messages, _images(row), len(prompt))
-    if isinstance(prompt, str):
-        return Example([*open_values(_images(row)), prompt], completion)
-    if _images(row):
-        raise ValueError(
-            "the row has images beside a `prompt` that is a list of items: put them into the list"
-        )
-    return Example(prompt, completion)
+def _nearest(row: Mapping[str, Any]) -> str:
+    """The formats that came nearest to a row, and what each missed."""
+    columns = [column for column in row if isinstance(column, str)]
+    found = []
+    for known in FORMATS:
+        missing = known.missing(row)
+        alike = {
+            needed: match
+            for one_of in missing
+            for needed in one_of
+            for match in _alike(needed, columns)
+        }
+        near = len(known.needs) - len(missing) + len({*alike.values()}) / 2
+        if near:
+            lacks = ", ".join(" or ".join(f"`{column}`" for column in one) for one in missing)
+            typed = "".join(f" (`{have}` for `{need}`?)" for need, have in alike.items())
+            found.append((near / len(known.needs), f"{known.name} misses {lacks}{typed}"))
+    found.sort(key=lambda item: -item[0])  # stable
+    if not found:
+        return "known are " + ", ".join(known.name for known in FORMATS)
+    return "nearest: " + "; ".join(told for _, told in found[:3])
 
 
-def _dialogue_example(
-    messages: list[tuple[str, Any]], images: Sequence[Any], learnt_from: int = 0
-) -> Example:
-    """The last turn as completion; of the others, those before ``learnt_from`` are context."""
-    *context, last = turns_of(messages, images)
-    if last.role != "assistant":
-        raise ValueError(
-            f"{messages[-1][0]} is the last message and has role={last.role!r}: expected an "
-            "assistant turn, which the model learns; remove what follows it, or the row"
-        )
-    context = [Turn(t.role, t.content) if i < learnt_from else t for i, t in enumerate(context)]
-    return Example(context, str(last.content[0]))
+def _alike(needed: str, columns: Sequence[str]) -> list[str]:
+    """The column that may be meant by another spelling."""
+    lower = {column.lower(): column for column in columns}
+    return [lower[match] for match in get_close_matches(needed, lower, n=1, cutoff=0.75)]
 
 
-IMAGE_COLUMNS = ("image", "image_path", "image_url")
-"""Where a row's one picture is looked for."""
+NO_ANSWER = "-"
+"""Stands where a row has no answer, for which generation asks."""
 
 
-QUESTION = "Question: What's on the picture? Answer:"
-"""The tutorial's prompt text."""
+def _answered(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with an answer of no meaning in the place of its own, or where it lacks one."""
+    row = _merged(row) if _SAMPLE.missing(row) in ([], [_SAMPLE.answer]) else row
+    for column, who, role, user, said in (
+        ("messages", "role", "assistant", ("user",), "content"),
+        ("conversations", "from", "gpt", ("human", "user"), "value"),
+        ("conversations", "role", "assistant", ("user",), "content"),
+    ):
+        turns: Any = row.get(column)
+        last = turns[-1] if isinstance(turns, (list, tuple)) and turns else None
+        if isinstance(last, Mapping) and last.get(who) in user:
+            return {**row, column: [*turns, {who: role, said: NO_ANSWER}]}
+    lacking = [known.missing(row) for known in FORMATS]
+    complete = [known for known, lacks in zip(FORMATS, lacking, strict=True) if not lacks]
+    asking = [k for k, lacks in zip(FORMATS, lacking, strict=True) if lacks == [k.answer]]
+    for known in [*complete, *asking][:1]:
+        if known.answer:
+            return {**row, **dict.fromkeys(known.answer), known.answer[0]: NO_ANSWER}
+    return row
 
 
-def _images(row: Mapping[str, Any]) -> Sequence[Any]:
-    """What the row has in ``images``, or in an image column, not opened; empty without either."""
-    # `datasets` gives every row all columns, so None and an absent column mean the same.
-    if row.get("images") is not None:
-        images = row["images"]
-        if not isinstance(images, Sequence) or isinstance(images, (str, bytes, bytearray)):
-            raise TypeError(
-                f"images={images!r:.80}: expected a list; an empty one for a row without pictures"
-            )
-        return images
-    columns = [column for column in IMAGE_COLUMNS if row.get(column) not in (None, "")]
-    return [_image(row, columns)[0]] if columns else []
+def _sample(row: Mapping[str, Any]) -> Example:
+    return _known_example(_merged(row))
 
 
-def _image(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Any, str]:
-    """The first of these columns' values that is there, and the name of its column."""
-    for column in columns:
-        if row.get(column) is not None and row[column] != "":
-            return row[column], column
-    names = " nor ".join(f"`{column}`" for column in columns)
-    raise ValueError(f"the row has no picture: neither {names} has a value")
+def _merged(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The files of a webdataset sample as the columns of one row."""
+    fields, text = row.get("json"), row.get("txt")
+    if isinstance(fields, (str, bytes)):
+        with naming_row("json"):
+            fields = json.loads(fields)
+    if not isinstance(fields, Mapping | None):
+        raise TypeError(f"json={fields!r:.80}: expected an object of columns")
+    merged = {k: v for k, v in (fields or {}).items() if k not in ("images", *IMAGE_COLUMNS)}
+    merged["image"], _ = first_picture(row, _PICTURE_FILES)
+    if text is not None:
+        merged["text"] = text.decode() if isinstance(text, bytes) else text
+    return merged
 
 
-def pokemon_card_example(
-    row: Mapping[str, Any], *, question: str = QUESTION, access: ImageAccess | None = None
-) -> Example:
-    """The tutorial's example from a row of the PokemonCards dataset (or one with its columns).
+_PICTURES = ("image", "images", "image_path", "image_url")
+_PICTURE_FILES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
-    Args:
-        row: Has ``name``, ``caption`` and the picture as ``image``, or as ``image_path`` or
-            ``image_url`` (each a URL or a file path).
-        question: The prompt's text, after the picture.
-        access: How pictures may be opened; ``None``: as for :func:`~images.open_image`.
-
-    Returns:
-        ``[image, question]`` with the completion
-        ``" This is {name}. {first sentence of caption}"``.
-
-    Raises:
-        ValueError: If the name, the caption or the picture is missing, or the picture is bad.
-    """
-    for column in ("name", "caption"):
-        if not isinstance(row[column], str) or not row[column].strip():
-            raise ValueError(f"{column}={row[column]!r}: expected text")
-    text = f" This is {row['name']}. {first_sentence(row['caption'])}"
-    return Example([open_value(*_image(row, IMAGE_COLUMNS), access), question], text)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Captions:
-    """A ``to_example`` for rows of a picture and columns of text, by templates.
-
-    ``Captions(answer=" {title}. {text}")`` makes an example of a row with ``image``, ``title`` and
-    ``text``. Values are put in as they are and never read as templates.
-
-    Attributes:
-        answer: Template of the completion: text with ``{column}`` fields (``{{`` for a brace).
-        question: Template of the prompt's text, after the picture.
-        image: The picture's column. Its values are PIL images (as a ``datasets.Image`` column has
-            them), bytes, mappings with ``bytes`` or ``path``, paths, or strings, which are URLs or
-            paths. ``None``: the first of ``image``, ``image_path`` and ``image_url`` with a value.
-        access: How pictures may be opened; ``None``: as for ``images.open_image``.
-
-    Raises:
-        ValueError: If a template is none; and, when called, if a column is missing or has no value
-            (``BadImage`` if the picture cannot be opened).
-    """
-
-    answer: str
-    question: str = QUESTION
-    image: str | None = None
-    access: ImageAccess | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("answer", "question"):
-            _fields(name, getattr(self, name))
-
-    def __call__(self, row: Mapping[str, Any]) -> Example:
-        """The row's example."""
-        columns = IMAGE_COLUMNS if self.image is None else (self.image,)
-        if not any(column in row for column in columns):
-            names = " nor ".join(f"`{column}`" for column in columns)
-            raise ValueError(
-                f"the row has {sorted(row)}, not {names}: pass image=its picture column"
-            )
-        question = _fill("question", self.question, row)
-        answer = _fill("answer", self.answer, row)
-        return Example([open_value(*_image(row, columns), self.access), question], answer)
-
-
-def _fields(name: str, template: str) -> list[tuple[str, str | None]]:
-    """The template's literal texts, each with the column that follows it."""
-    try:
-        parsed = list(string.Formatter().parse(template))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={template!r}: {error}; write a brace itself as {{{{") from error
-    for _, column, spec, conversion in parsed:
-        # Attributes and indices would reach beyond the row's values, so a field is a column's name.
-        if column is not None and (
-            not column or re.search(r"[.\[\]]", column) or spec or conversion
-        ):
-            raise ValueError(
-                f"{name}={template!r}: expected fields of the form {{column}}, with the column's "
-                "plain name"
-            )
-    return [(literal, column) for literal, column, _, _ in parsed]
-
-
-def _fill(name: str, template: str, row: Mapping[str, Any]) -> str:
-    parts = []
-    for literal, column in _fields(name, template):
-        parts.append(literal)
-        if column is None:
-            continue
-        if column not in row:
-            raise ValueError(
-                f"column {column!r}, which {name}={template!r} asks for, is missing; the row has "
-                f"{sorted(row)}"
-            )
-        value = row[column]
-        if not isinstance(value, (str, Real)) or value != value:  # NaN, as pandas marks a gap
-            raise TypeError(f"{column}={value!r:.80}: expected text or a number")
-        if not str(value).strip():
-            raise ValueError(f"{column}={value!r} is empty: expected text")
-        parts.append(str(value))
-    return "".join(parts)
-
-
-_ABBREVIATIONS = ("Mr", "Mrs", "Ms", "Dr", "Lt", "Jr", "Sr", "St", "Mt", "vs", "Prof", "Gen", "e.g")
-
-
-_SENTENCE_END = re.compile(
-    r"(?<!\.)(?<!\b[A-Z])"  # neither an ellipsis nor an initial
-    + "".join(rf"(?<!\b{re.escape(word)})" for word in _ABBREVIATIONS)
-    + r"(?!(?<=\bNo)\.\s+\d)"  # "No. 151", but not the answer "No."
-    + r"[.!?](?=\s+[^a-z\s]|\s*$)"
+_SAMPLE = Format(
+    "a sample of webdataset",
+    (("__key__",), _PICTURE_FILES, ("txt", "json")),
+    ("txt", "json"),
+    "what a row with its picture as `image`, its `txt` as `text` and the columns of its `json` is",
+    _sample,
 )
 
+FORMATS = (
+    Format(
+        "chat messages",
+        (("messages",),),
+        (),
+        "a dialogue of which every turn of the assistant is learnt; pictures in the messages' "
+        "parts (`image`, `image_url`) or in `images`, in order",
+        converters.chat,
+    ),
+    Format(
+        "prompt and completion",
+        (("prompt",), ("completion",)),
+        ("completion",),
+        "the pictures, the prompt, and the completion as it is; or, of messages, a dialogue of "
+        "which the completion is learnt",
+        converters.prompt_and_completion,
+    ),
+    Format(
+        "a card",
+        (("name",), ("caption",)),
+        (),
+        "the picture, `Question: What's on the picture? Answer:`, and ` This is {name}. {first "
+        "sentence of caption}`",
+        pokemon_card_example,
+    ),
+    Format(
+        "LLaVA's conversations",
+        (("conversations",),),
+        (),
+        "a dialogue: `from` is `human` or `gpt`; each `<image>` in a human's `value` is the place "
+        "of a picture in `image` or `images`",
+        converters.conversations,
+    ),
+    Format(
+        "the_cauldron's texts",
+        (("images",), ("texts",)),
+        (),
+        "a dialogue of `user` and `assistant`, the pictures first",
+        converters.question_pairs,
+    ),
+    Format(
+        "a question with its answer",
+        (_PICTURES, ("question",), ("answer", "answers")),
+        ("answer", "answers"),
+        "a dialogue: the picture and the question, then the answer; of several right `answers`, "
+        "the most common, and all as `references`",
+        converters.question_and_answer,
+    ),
+    Format(
+        "a caption",
+        (_PICTURES, ("text", "caption")),
+        ("text", "caption"),
+        "the picture, `Question: What's on the picture? Answer:`, and the text",
+        converters.caption,
+    ),
+    Format(
+        "a class",
+        (_PICTURES, ("label",)),
+        ("label",),
+        "the picture, `Question: What's on the picture? Answer:`, and the name of the class",
+        converters.class_name,
+    ),
+    _SAMPLE,
+)
+"""The known formats; a row is in the first of which it has all columns."""
 
-def first_sentence(text: str) -> str:
-    """The first sentence of ``text``, with its full stop.
 
-    A full stop ends a sentence when the next word does not begin in lower case, unless it belongs
-    to an abbreviation ("Mr. Mime", "Lt. Surge's", "No. 151"), an initial or an ellipsis. Without
-    any such end the whole text is one sentence.
-    """
-    text = " ".join(text.split())
-    end = _SENTENCE_END.search(text)
-    return text[: end.end()] if end else text
+def table() -> str:
+    """The formats as a table in Markdown, for the documentation."""
+    lines = ["| format | columns | what is learnt |", "| --- | --- | --- |"]
+    for known in FORMATS:
+        columns = ", ".join(" or ".join(f"`{c}`" for c in one_of) for one_of in known.needs)
+        lines.append(f"| {known.name} | {columns} | {known.becomes} |")
+    return "\n".join(lines)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from idefics_qlora.data.bad_rows import BadRow
 from idefics_qlora.data.batches import Collator, Tokens
+from idefics_qlora.data.captions import Captions, pokemon_card_example
 from idefics_qlora.data.example import Example, ToExample, naming_row
 from idefics_qlora.data.fingerprints import Fingerprint, hash_given, hash_tensors, mark_origins
-from idefics_qlora.data.formats import Captions, as_example, pokemon_card_example
+from idefics_qlora.data.formats import as_example
 from idefics_qlora.data.windows import Window
 from idefics_qlora.images.access import BadImage, ImageAccess
 

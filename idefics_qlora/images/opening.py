@@ -5,9 +5,11 @@ Shapes: H, W pixels; S the side in pixels of the square that the vision tower se
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -167,11 +169,21 @@ def _sha256(data: bytes | bytearray) -> str:
 
 def part_source(part: Mapping[str, Any]) -> Any:
     """The picture that a part of a chat message carries; ``None`` if it carries none."""
-    if part.get("type") != "image":
+    if part.get("type") not in ("image", "image_url"):
         return None
     # `datasets` gives every part all keys, so an absent key and None mean the same.
-    values = (part.get(key) for key in ("image", "path", "url"))
-    return next((value for value in values if value is not None), None)
+    values = (part.get(key) for key in PICTURE_KEYS)
+    source = next((value for value in values if value is not None), None)
+    if isinstance(source, Mapping) and source.get("url") is not None:
+        source = source["url"]  # OpenAI's {"type": "image_url", "image_url": {"url": ...}}
+    if isinstance(source, str) and (found := re.match(r"\s*data:[^,]*;base64,", source)):
+        with suppress(ValueError):  # a broken one is no address that can be opened
+            return base64.b64decode(source[found.end() :])
+    return source
+
+
+PICTURE_KEYS = ("image", "path", "url", "image_url")
+"""Where a part of a chat message carries its picture."""
 
 
 def _open_url(url: str, name: str, access: ImageAccess, min_side: int | None) -> Image.Image:

@@ -12,7 +12,7 @@ from told import drawn, found, rows_of, told
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.captions import pokemon_card_example
 from idefics_qlora.data.order import epoch_order
 from idefics_qlora.data.rows import RowReader
 

@@ -8,8 +8,9 @@ from helpers import encoded
 from PIL import Image
 
 import idefics_qlora as iq
+from idefics_qlora.data.captions import QUESTION, first_sentence, pokemon_card_example
 from idefics_qlora.data.example import Turn, naming_row
-from idefics_qlora.data.formats import QUESTION, as_example, first_sentence, pokemon_card_example
+from idefics_qlora.data.formats import as_example
 
 
 @pytest.mark.parametrize(

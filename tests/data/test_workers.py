@@ -73,7 +73,7 @@ def test_a_window_that_cannot_be_handed_over(base, processor, examples, tmp_path
 FULL = """
 import sys
 import idefics_qlora as iq
-from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.captions import pokemon_card_example
 
 model, processor = iq.tiny.load_model(device="cpu")
 cards = iq.tiny.creature_cards(8, seed=0)

@@ -9,7 +9,7 @@ import torch
 from helpers import config_of, warnings_of
 
 import idefics_qlora as iq
-from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.captions import pokemon_card_example
 from idefics_qlora.evaluation.image_use import LEAST_GAIN, LEVEL, chance_of
 from idefics_qlora.families import FAMILIES
 

@@ -8,7 +8,7 @@ import torch
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
-from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.captions import pokemon_card_example
 from idefics_qlora.model.adapters import trainable_parameters
 
 config_of = partial(helpers.config_of, max_steps=2, global_batch_size=4)

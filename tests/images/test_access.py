@@ -8,7 +8,7 @@ import pytest
 from helpers import config_of, encoded
 
 import idefics_qlora as iq
-from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.captions import pokemon_card_example
 from idefics_qlora.data.order import epoch_order
 from idefics_qlora.images.access import ImageAccess
 from idefics_qlora.images.opening import open_image

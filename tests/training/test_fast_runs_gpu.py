@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
-from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.captions import pokemon_card_example
 
 pytestmark = pytest.mark.gpu
 
@@ -23,7 +23,7 @@ RUN = """
 import json, os, signal, sys
 import torch
 import idefics_qlora as iq
-from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.captions import pokemon_card_example
 
 folder, options = sys.argv[1], json.loads(sys.argv[2])
 kill_at, looks = options.pop("kill_at", None), options.pop("looks", False)

@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 import idefics_qlora as iq
-from idefics_qlora.data.formats import pokemon_card_example
+from idefics_qlora.data.captions import pokemon_card_example
 
 FILE_EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 

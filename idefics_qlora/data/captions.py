@@ -1,0 +1,161 @@
+"""Examples from a picture and columns of text, by templates; the tutorial's rows."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from idefics_qlora.data.example import Example, open_value
+from idefics_qlora.images.access import ImageAccess
+
+IMAGE_COLUMNS = ("image", "image_path", "image_url")
+"""Where a row's one picture is looked for."""
+
+
+QUESTION = "Question: What's on the picture? Answer:"
+"""The tutorial's prompt text."""
+
+
+def first_picture(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Any, str]:
+    """The first of these columns' values that is there, and the name of its column."""
+    for column in columns:
+        if row.get(column) is not None and row[column] != "":
+            return row[column], column
+    names = " nor ".join(f"`{column}`" for column in columns)
+    raise ValueError(f"the row has no picture: neither {names} has a value")
+
+
+def pokemon_card_example(
+    row: Mapping[str, Any], *, question: str = QUESTION, access: ImageAccess | None = None
+) -> Example:
+    """The tutorial's example from a row of the PokemonCards dataset (or one with its columns).
+
+    Args:
+        row: Has ``name``, ``caption`` and the picture as ``image``, or as ``image_path`` or
+            ``image_url`` (each a URL or a file path).
+        question: The prompt's text, after the picture.
+        access: How pictures may be opened; ``None``: as for :func:`~images.open_image`.
+
+    Returns:
+        ``[image, question]`` with the completion
+        ``" This is {name}. {first sentence of caption}"``.
+
+    Raises:
+        ValueError: If the name, the caption or the picture is missing, or the picture is bad.
+    """
+    for column in ("name", "caption"):
+        if not isinstance(row[column], str) or not row[column].strip():
+            raise ValueError(f"{column}={row[column]!r}: expected text")
+    text = f" This is {row['name']}. {first_sentence(row['caption'])}"
+    return Example([open_value(*first_picture(row, IMAGE_COLUMNS), access), question], text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captions:
+    """A ``to_example`` for rows of a picture and columns of text, by templates.
+
+    ``Captions(answer=" {title}. {text}")`` makes an example of a row with ``image``, ``title`` and
+    ``text``. Values are put in as they are and never read as templates.
+
+    Attributes:
+        answer: Template of the completion: text with ``{column}`` fields (``{{`` for a brace).
+        question: Template of the prompt's text, after the picture.
+        image: The picture's column. Its values are PIL images (as a ``datasets.Image`` column has
+            them), bytes, mappings with ``bytes`` or ``path``, paths, or strings, which are URLs or
+            paths. ``None``: the first of ``image``, ``image_path`` and ``image_url`` with a value.
+        access: How pictures may be opened; ``None``: as for ``images.open_image``.
+
+    Raises:
+        ValueError: If a template is none; and, when called, if a column is missing or has no value
+            (``BadImage`` if the picture cannot be opened).
+    """
+
+    answer: str
+    question: str = QUESTION
+    image: str | None = None
+    access: ImageAccess | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("answer", "question"):
+            _fields(name, getattr(self, name))
+
+    def __call__(self, row: Mapping[str, Any]) -> Example:
+        """The row's example."""
+        answer = _fill("answer", self.answer, row)
+        return Example(self.prompt(row), answer)
+
+    def prompt(self, row: Mapping[str, Any]) -> list[Any]:
+        """The example's prompt alone; columns of the answer may be missing."""
+        columns = IMAGE_COLUMNS if self.image is None else (self.image,)
+        if not any(column in row for column in columns):
+            names = " nor ".join(f"`{column}`" for column in columns)
+            raise ValueError(
+                f"the row has {sorted(row)}, not {names}: pass image=its picture column"
+            )
+        question = _fill("question", self.question, row)
+        return [open_value(*first_picture(row, columns), self.access), question]
+
+
+def _fields(name: str, template: str) -> list[tuple[str, str | None]]:
+    """The template's literal texts, each with the column that follows it."""
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={template!r}: {error}; write a brace itself as {{{{") from error
+    for _, column, spec, conversion in parsed:
+        # Attributes and indices would reach beyond the row's values, so a field is a column's name.
+        if column is not None and (
+            not column or re.search(r"[.\[\]]", column) or spec or conversion
+        ):
+            raise ValueError(
+                f"{name}={template!r}: expected fields of the form {{column}}, with the column's "
+                "plain name"
+            )
+    return [(literal, column) for literal, column, _, _ in parsed]
+
+
+def _fill(name: str, template: str, row: Mapping[str, Any]) -> str:
+    parts = []
+    for literal, column in _fields(name, template):
+        parts.append(literal)
+        if column is None:
+            continue
+        if column not in row:
+            raise ValueError(
+                f"column {column!r}, which {name}={template!r} asks for, is missing; the row has "
+                f"{sorted(row)}"
+            )
+        value = row[column]
+        if not isinstance(value, (str, Real)) or value != value:  # NaN, as pandas marks a gap
+            raise TypeError(f"{column}={value!r:.80}: expected text or a number")
+        if not str(value).strip():
+            raise ValueError(f"{column}={value!r} is empty: expected text")
+        parts.append(str(value))
+    return "".join(parts)
+
+
+_ABBREVIATIONS = ("Mr", "Mrs", "Ms", "Dr", "Lt", "Jr", "Sr", "St", "Mt", "vs", "Prof", "Gen", "e.g")
+
+
+_SENTENCE_END = re.compile(
+    r"(?<!\.)(?<!\b[A-Z])"  # neither an ellipsis nor an initial
+    + "".join(rf"(?<!\b{re.escape(word)})" for word in _ABBREVIATIONS)
+    + r"(?!(?<=\bNo)\.\s+\d)"  # "No. 151", but not the answer "No."
+    + r"[.!?](?=\s+[^a-z\s]|\s*$)"
+)
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of ``text``, with its full stop.
+
+    A full stop ends a sentence when the next word does not begin in lower case, unless it belongs
+    to an abbreviation ("Mr. Mime", "Lt. Surge's", "No. 151"), an initial or an ellipsis. Without
+    any such end the whole text is one sentence.
+    """
+    text = " ".join(text.split())
+    end = _SENTENCE_END.search(text)
+    return text[: end.end()] if end else text
