@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None) -> iq.TrainResult:
 
     print(f"card:   {eval_rows[0]['name']}. {eval_rows[0]['caption']}")
     print(f"before: {caption().strip()}")
+    size = options.micro_batch_size
+    micro_batch_size = "auto" if size == "auto" else int(size)
     result = iq.train(
         model,
         processor,
@@ -70,7 +72,7 @@ def main(arguments: list[str] | None = None) -> iq.TrainResult:
             output_dir=options.output_dir,
             max_steps=options.max_steps,
             global_batch_size=options.global_batch_size,
-            micro_batch_size=options.micro_batch_size,
+            micro_batch_size=micro_batch_size,
             learning_rate=options.learning_rate,
             lr_scheduler_type=options.lr_scheduler_type,
             warmup_steps=options.warmup_steps,
@@ -125,7 +127,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     flag("lora-dropout", 0.05, "dropout in front of the adapters")
     flag("max-steps", 40, "optimizer steps")
     flag("global-batch-size", 16, "examples per optimizer step")
-    flag("micro-batch-size", 2, "examples per forward pass: larger is faster, if it fits")
+    flag("micro-batch-size", "auto", "examples per forward pass: a number, or what fits")
     flag("eval-batch-size", 2, "examples per evaluation forward pass")
     flag("learning-rate", 2e-4, "peak learning rate")
     flag("lr-scheduler-type", "linear", "decay", choices=["linear", "cosine", "constant"])

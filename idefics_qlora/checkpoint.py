@@ -75,6 +75,7 @@ _INSIDE = {
 _MAY_HAVE = {
     **{"run": str, "finished_step": int, "num_told": int, "draft": bool},
     "diverged": (str, NoneType),
+    "too_large": list,
 }
 """What that of 0.1 does not have."""
 _COUNTS = (

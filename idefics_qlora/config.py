@@ -368,10 +368,11 @@ class TrainConfig:
     global_batch_size: int = 16
     """Examples in one window, that is, examples one optimizer step sees."""
 
-    micro_batch_size: int | Literal["auto"] = 2
+    micro_batch_size: int | Literal["auto"] = "auto"
     """Examples in one forward and backward pass. Changes speed and memory, not the mathematics.
-    ``auto``: starts with 1 and doubles from window to window for as long as memory allows. Whatever
-    it is, a window that does not fit into the GPU's memory is done again with half of it."""
+    ``auto``: the most that fit into the GPU's free memory by estimate, corrected by what the first
+    window takes; 2 on a CPU. Whatever it is, a window that does not fit is done again in smaller
+    parts: with ``auto`` it and others as long alone, with a number the run goes on with half."""
 
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third slower.
@@ -526,7 +527,10 @@ class TrainConfig:
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-batches in a full window (derived, never set); 1 is the aim of ``auto``."""
+        """Micro-batches in a full window (derived, never set).
+
+        1 is what ``auto`` aims at; what it came to is in ``result.metrics["micro_batch_size"]``.
+        """
         if self.micro_batch_size == "auto":
             return 1
         return math.ceil(self.global_batch_size / self.micro_batch_size)

@@ -17,8 +17,8 @@ def test_defaults_are_the_tutorials_recipe():
     config = iq.TrainConfig(output_dir="runs")
     recipe = {
         "global_batch_size": 16,
-        "micro_batch_size": 2,
-        "gradient_accumulation_steps": 8,
+        "micro_batch_size": "auto",
+        "gradient_accumulation_steps": 1,
         "learning_rate": 2e-4,
         "lr_scheduler_type": "linear",
         "warmup_steps": 0,

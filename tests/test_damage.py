@@ -224,7 +224,8 @@ STATE_KEYS = (
     "num_examples", "num_images", "num_tokens", "num_bad_rows", "position", "seconds", "loss_sum",
     "unlogged_steps", "best_metric", "log_history", "first_nonfinite_module", "best_checkpoint",
     "unlogged_loss", "total_steps", "scaler", "optimizer", "config", "base", "train_rows",
-    "eval_rows", "environment", "run", "finished_step", "num_told", "draft",
+    "eval_rows", "environment", "run", "finished_step", "num_told", "draft", "too_large",
+    "diverged",
 )  # fmt: skip
 INSIDE = (
     "config precision", "config micro_batch_size", "config seed", "base weights", "base rounding",
@@ -256,7 +257,8 @@ def test_a_state_that_lacks_a_key(train, run, caplog, key):
         del (state[outer[0]] if outer else state)[name]
 
     alter_state(run / "checkpoint-2", alter)
-    if key in ("run", "finished_step", "num_told", "draft"):  # as in a checkpoint of 0.1
+    of_0_1 = key in ("run", "finished_step", "num_told", "draft", "too_large", "diverged")
+    if of_0_1:  # which had none of these
         assert train(run, 1).global_step == 2
     else:
         caplog.clear()

@@ -95,7 +95,7 @@ def test_the_tutorials_numbers_are_the_defaults():
         "lora_dropout": 0.05,
         "learning_rate": 2e-4,
         "global_batch_size": 16,
-        "micro_batch_size": 2,
+        "micro_batch_size": "auto",
         "eval_steps": 20,
         "logging_steps": 20,
         "save_steps": 40,

@@ -90,7 +90,8 @@ def _m(name: str, file: str, old: str, new: str, *tests: str) -> Mutant:
 EVERY_STEP = "training/test_resume.py::test_interrupted_at_every_step"
 OVERFLOWING = f"{EVERY_STEP}[overflowing]"
 FAILING = "training/test_resume.py::test_what_failed_is_made_up_for"
-GROWS = "training/test_resume.py::test_interrupted_while_the_micro_batch_grows"
+SPLIT = "training/test_micro_batch_size.py::test_resumed_anywhere_the_same_windows_are_split"
+LOWERED = "training/test_micro_batch_size.py::test_auto_keeps_what_the_first_window_came_to"
 STREAM = "data/test_order.py::test_a_run_over_a_stream_resumes_exactly"
 HALVES = "training/test_micro_batch_size.py::test_out_of_memory_halves_the_micro_batch"
 OVERFLOW = "training/test_loop.py::test_an_overflow_skips_the_update"
@@ -104,8 +105,9 @@ NOT_RESTORED = {
     "window": OVERFLOWING,
     "skipped_windows": OVERFLOWING,
     "skips_in_a_row": "training/test_resume.py::test_every_count_goes_on",
-    "micro_batch_size": GROWS,
-    "growing": GROWS,
+    "micro_batch_size": LOWERED,
+    "growing": SPLIT,
+    "too_large": SPLIT,
     "num_examples": OVERFLOWING,
     "num_images": OVERFLOWING,
     "num_tokens": OVERFLOWING,
@@ -314,15 +316,15 @@ MUTANTS = (
     _m(
         "a window that did not fit leaves its gradient",
         "training/window_pass.py",
-        "    while loss is None:\n        state.optimizer.zero_grad()\n",
-        "    while loss is None:\n",
+        "        state.optimizer.zero_grad()\n",
+        "",
         HALVES,
     ),
     _m(
         "a window that did not fit leaves its random states",
         "training/window_pass.py",
-        "        restore_rng(state.window_rng, state.device)\n        loss = _try_backward",
-        "        loss = _try_backward",
+        "        restore_rng(state.window_rng, state.device)\n",
+        "",
         HALVES,
     ),
     _m(
@@ -333,11 +335,11 @@ MUTANTS = (
         "training/test_failures.py::test_a_step_that_fails",
     ),
     _m(
-        "a micro-batch that did not fit grows again",
+        "a long window changes the size of all after it",
         "training/window_pass.py",
-        "    state.growing = False\n",
-        "",
-        "training/test_micro_batch_size.py::test_auto_grows_until_memory_ends",
+        "        first.settle(tries)\n",
+        "        pass\n",
+        SPLIT,
     ),
     _m(
         "the search for an overflow leaves its random states",

@@ -20,6 +20,7 @@ from idefics_qlora.durable import CheckpointError
 from idefics_qlora.model.adapters import adapter_tensors, load_adapter, without_adapter
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.precision import evaluation_mode
+from idefics_qlora.training.micro_batch import size_for
 from idefics_qlora.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def divergence(state: TrainState, window: Window) -> Divergence | None:
     if state.global_step == 0:
         return None
     try:
-        batches = window.to(state.device).micro_batches(state.micro_batch_size)
+        batches = window.to(state.device).micro_batches(size_for(state, window))
         return Divergence(state.model, batches) or None
     except Exception as error:  # an explanation must not end a run
         logger.warning("whether training has diverged cannot be told: %s", error)

@@ -157,7 +157,7 @@ class StepOutput:
 def train_step(state: TrainState, window: Window) -> StepOutput | None:
     """One optimizer step over one window; ``None`` if all its rows were bad.
 
-    A window for which the GPU's memory does not suffice is done again with half the micro-batch.
+    A window for which the GPU's memory does not suffice is done again in smaller micro-batches.
     Whatever is raised, the weights, the optimizer and the counters are those before the window, and
     ``state.window_rng`` has its random states, unless ``state.half_updated`` says otherwise.
 
@@ -201,8 +201,6 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
     state.optimizer.zero_grad()
 
     state.advance(window)
-    if state.growing:
-        state.micro_batch_size = min(2 * state.micro_batch_size, state.config.global_batch_size)
     if skipped:
         state.skipped_windows += 1
         state.skips_in_a_row += 1

@@ -15,6 +15,7 @@ from idefics_qlora.data.batches import Batch
 from idefics_qlora.data.windows import Window
 from idefics_qlora.model.precision import DTYPES, autocast
 from idefics_qlora.training.divergence import Divergence, divergence
+from idefics_qlora.training.micro_batch import size_for
 from idefics_qlora.training.parts import restore_rng, rng_tensors
 from idefics_qlora.training.saving import Saving
 from idefics_qlora.training.state import TrainState
@@ -148,7 +149,7 @@ class OverflowReports:
         restore_rng(state.window_rng, state.device)
         try:
             with autocast(state.device, DTYPES[state.config.precision]):
-                batches = window.to(state.device).micro_batches(state.micro_batch_size)
+                batches = window.to(state.device).micro_batches(size_for(state, window))
                 state.first_nonfinite_module = first_nonfinite_module(state.model, batches)
         except Exception as error:  # an explanation must not end a run
             logger.warning("where it overflowed cannot be told: %s", error)

@@ -50,9 +50,12 @@ class Counters:
     skipped_windows: int = 0
     skips_in_a_row: int = 0
     micro_batch_size: int = 1
-    """Examples in one forward and backward pass, for now."""
+    """Examples in one forward and backward pass at most."""
     growing: bool = False
-    """Whether the micro-batch still doubles from window to window."""
+    """Whether the micro-batch is still to be chosen by what the next window takes."""
+    too_large: list[list[int]] = field(default_factory=list)
+    """Text tokens and images, padding included, of micro-batches that did not fit, though usual
+    ones do: with "auto", no other as large is tried."""
     num_examples: int = 0
     """Examples seen."""
     num_images: int = 0

@@ -71,9 +71,10 @@ class TrainState(Counters):
         return self.num_examples + self.num_bad_rows
 
     def __post_init__(self) -> None:
-        self.growing = self.config.micro_batch_size == "auto"
-        if self.config.micro_batch_size != "auto":
-            self.micro_batch_size = self.config.micro_batch_size
+        size = self.config.micro_batch_size
+        self.growing = size == "auto"
+        # On a GPU the first window decides (``micro_batch.py``).
+        self.micro_batch_size = min(2, self.config.global_batch_size) if size == "auto" else size
 
     def advance(self, window: Window) -> None:
         """Count a window that was used, skipped or found empty."""
@@ -139,17 +140,22 @@ class CountersPart:
             "diverged": None,
             "finished_step": saved.state["global_step"],
             "num_told": len(saved.state["log_history"]),
+            "too_large": [],
         }
         state = {**done, **saved.state}
         if not all(record["step"] <= state["global_step"] for record in state["log_history"]):
             raise ValueError("its history goes beyond it")
         if state["position"] is not None:
             _ = [state["position"][key] for key in ("epoch", "row", "stream")]
+        pairs = state["too_large"]
+        if not all(len(pair) == 2 and all(type(n) is int for n in pair) for pair in pairs):
+            raise ValueError(f"too_large={pairs}")
         micro_batch = self._state.micro_batch_size, self._state.growing
         for counter in fields(Counters):
             setattr(self._state, counter.name, state[counter.name])
         if state["config"]["micro_batch_size"] != self._state.config.micro_batch_size:
             self._state.micro_batch_size, self._state.growing = micro_batch
+            self._state.too_large = []
 
 
 class RunPart:

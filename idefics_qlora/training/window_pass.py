@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
 
 from idefics_qlora.data.windows import Window
-from idefics_qlora.model.memory import estimate_memory
+from idefics_qlora.training.micro_batch import FirstSize, pass_estimate, size_for, smaller
 from idefics_qlora.training.parts import restore_rng
 from idefics_qlora.training.state import TrainState
-
-logger = logging.getLogger(__name__)
 
 
 class WindowTooLarge(torch.OutOfMemoryError):
@@ -22,7 +18,7 @@ class WindowTooLarge(torch.OutOfMemoryError):
 def window_backward(state: TrainState, window: Window) -> Tensor:
     """Loss of a window; its scaled gradient is in the ``.grad`` of the adapter.
 
-    A window for which the memory does not suffice is done again with half the micro-batch.
+    A window for which the memory does not suffice is done again in smaller parts.
 
     Args:
         state: ``window_rng`` has the random states with which the window begins.
@@ -34,21 +30,31 @@ def window_backward(state: TrainState, window: Window) -> Tensor:
     Raises:
         WindowTooLarge: If not even a single example fits.
     """
-    loss = _try_backward(state, window)
-    while loss is None:
+    first = FirstSize(state, window) if state.growing else None
+    size, tries = size_for(state, window), 1
+    while isinstance(loss := _try_backward(state, window, size), int):
         state.optimizer.zero_grad()
-        _halve_micro_batch(state, window)
+        if state.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if size == 1:
+            raise WindowTooLarge(
+                f"not even a single example of up to {max(window.lengths)} text tokens fits into "
+                f"the memory{_needed(state, window)}: set gradient_checkpointing=True if it is "
+                "not, free the GPU from other processes, or shorten the longest texts (max_length)"
+            )
+        size, tries = smaller(state, window, size, start=loss), tries + 1
         restore_rng(state.window_rng, state.device)
-        loss = _try_backward(state, window)
+    if first is not None:
+        first.settle(tries)
     if not state.execution.runs_hooks:
         state.optimizer.touch()
     return loss
 
 
-def _try_backward(state: TrainState, window: Window) -> Tensor | None:
-    """As :func:`window_backward`, ``None`` if the memory did not suffice."""
+def _try_backward(state: TrainState, window: Window, size: int) -> Tensor | int:
+    """As :func:`window_backward`, or where the part begins for which memory did not suffice."""
     loss = torch.zeros((), device=state.device)
-    size = state.micro_batch_size
+    start = 0
     try:
         state.execution.begin_window()
         for start, batch in zip(
@@ -61,42 +67,12 @@ def _try_backward(state: TrainState, window: Window) -> Tensor | None:
                 scaler=state.scaler,
             )
     except torch.OutOfMemoryError:
-        return None  # the failed try's tensors go with the exception
+        return start  # the failed try's tensors go with the exception
     return loss
 
 
-def _halve_micro_batch(state: TrainState, window: Window) -> None:
-    if state.device.type == "cuda":
-        torch.cuda.empty_cache()
-    if state.micro_batch_size == 1:
-        raise WindowTooLarge(
-            f"not even a single example of up to {max(window.lengths)} text tokens fits into the "
-            f"memory{_needed(state, window)}: set gradient_checkpointing=True if it is not, free "
-            "the GPU from other processes, or shorten the longest texts (max_length)"
-        )
-    failed, state.micro_batch_size = state.micro_batch_size, state.micro_batch_size // 2
-    state.growing = False
-    logger.warning(
-        "out of memory with %d examples per micro-batch in window %d: it is done again, and the "
-        "run goes on, with micro_batch_size=%d",
-        *(failed, state.window, state.micro_batch_size),
-    )
-
-
 def _needed(state: TrainState, window: Window) -> str:
-    base = state.model.get_base_model()
-    try:
-        need = estimate_memory(
-            base.config,
-            text_tokens=max(window.lengths),
-            images=max(1, *window.images),
-            precision=state.config.precision,
-            quantize=getattr(base, "is_loaded_in_4bit", False),
-            lora=state.model.active_peft_config,
-            optim=state.config.optim,
-        )
-    except Exception as error:  # an adapter of a kind it does not know: the shortage is the news
-        logger.warning("how much memory is needed cannot be estimated: %s", error)
+    if (need := pass_estimate(state, window)) is None:
         return ""
     kept, recomputed = (need.peak(1, recompute) / 2**30 for recompute in (False, True))
     return f" (about {kept:.1f} GiB, or {recomputed:.1f} GiB with gradient_checkpointing=True)"

@@ -235,49 +235,6 @@ def test_interrupted_in_each_execution(base, processor, rows, name, tmp_path):
     assert differences(tmp_path / "whole" / last, folder / last) == []
 
 
-def limit_micro_batch(model, size):
-    """Let the memory end above ``size`` examples; returns the sizes that are tried."""
-    tried = []
-
-    def forward(module, _, inputs):
-        if module.training:
-            tried.append(len(inputs["input_ids"]))
-            if tried[-1] > size:
-                raise torch.OutOfMemoryError("injected")
-
-    model.get_base_model().register_forward_pre_hook(forward, with_kwargs=True)
-    return tried
-
-
-@pytest.mark.slow
-def test_interrupted_while_the_micro_batch_grows(base, processor, rows, tmp_path):
-    """With "auto", before and after the memory has ended: the size goes on where it was, so the
-    dropout masks do; started anew it would grow again and end elsewhere (the control)."""
-
-    def train(folder, seed=42):
-        model = model_of(base, processor, seed)
-        tried = limit_micro_batch(model, 2)
-        iq.train(
-            model, processor, rows, rows[:2],
-            config=config_of(folder, micro_batch_size="auto", precision="fp32"),
-        )  # fmt: skip
-        return tried
-
-    whole = tmp_path / "whole"
-    assert train(whole) == [1, 1, 1, 1, 2, 2, 4, *[2, 2] * 4]
-    for step, rest in ((1, [2, 2, 4, *[2, 2] * 4]), (3, [2, 2] * 3)):
-        folder = resumed_from(whole / f"checkpoint-{step}", tmp_path / str(step))
-        assert train(folder, seed=step) == rest
-        assert differences(whole / "checkpoint-6", folder / "checkpoint-6") == []
-    folder = resumed_from(whole / "checkpoint-3", tmp_path / "control")
-    snapshot = load_checkpoint(folder / "checkpoint-3")
-    snapshot.state.update(micro_batch_size=1, growing=True)
-    save(folder / "checkpoint-3", snapshot)
-    train(folder)
-    found = differences(whole / "checkpoint-6", folder / "checkpoint-6")
-    assert any(name.startswith("adapter ") for name in found)
-
-
 def test_every_count_goes_on(base, processor, rows, two_steps, tmp_path):
     """What a run has counted so far is in the result of whoever goes on with it."""
     snapshot = load_checkpoint(two_steps / "checkpoint-2")
