@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
@@ -24,8 +25,12 @@ from transformers import (
 
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Model
+from idefics_qlora.model.base_weights import linear4bit_layers
 from idefics_qlora.model.cpu import prepare_for_cpu
 from idefics_qlora.process import seeded
+
+RECIPE: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none"}
+"""The tutorial's ``peft.LoraConfig``, on the modules that the family names."""
 
 
 def add_lora(
@@ -37,27 +42,27 @@ def add_lora(
         model: As :func:`load_model` gave it.
         config: Your own ``peft.LoraConfig``. Default: the recipe's r=16, alpha=32, dropout 0.05 on
             ``q_proj``, ``k_proj`` and ``v_proj`` of the vision tower, the perceiver, the
-            cross-attention and the text layers, no biases.
+            cross-attention and the text layers, no biases. One that names no modules gets these.
         seed: Decides the initial values; the global generators are left as they were.
 
     Returns:
         The ``peft`` model around the base.
+
+    Raises:
+        ValueError: If the model has adapters already, or ``init_lora_weights`` cannot work on this
+            base; the message says why.
     """
     # peft.prepare_model_for_kbit_training is left out on purpose: its reentrant checkpointing cuts
     # the vision tower's adapters off from the gradient, because pixels require none.
-    if config is None:
-        config = LoraConfig(
-            r=16,
-            lora_alpha=32,
-            lora_dropout=0.05,
-            bias="none",
-            target_modules=list(family_of(model).lora_targets),
-        )
+    config = LoraConfig(**RECIPE) if config is None else copy.copy(config)
     if isinstance(model, PeftModel):
         raise ValueError(
             "the model has adapters already: expected the base as load_model gives it; to go on "
             "with an adapter, load_finetuned(..., trainable=True)"
         )
+    if config.target_modules is None and not config.target_parameters:
+        # A set, as peft makes one of a list.
+        config.target_modules = set(family_of(model).lora_targets)
     model.requires_grad_(False)
     with seeded(seed, model.device):
         return attach(model, config)
@@ -160,8 +165,46 @@ def without_adapter(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+_NEED_ROWS = "it starts from what the model does with your rows, and adapters are attached before"
+_NEED_NUMBERS = "it takes a part out of each weight, which 4 bits cannot give away exactly"
+_CANNOT_START = {
+    "eva": _NEED_ROWS,
+    "corda": _NEED_ROWS,
+    "lora_ga": _NEED_ROWS,
+    "loftq": "it wants the weights before they are quantised, and the base is loaded in 4 bits",
+    "pissa_niter": "it draws at random what it takes out of the base, so that an adapter would "
+    "be loaded onto another rest than it was trained with; 'pissa' computes it",
+}
+_CANNOT_START_IN_4_BITS = {
+    "pissa": f"{_NEED_NUMBERS}; it works with load_model(..., quantize=False)",
+    "orthogonal": f"{_NEED_NUMBERS}; it works with load_model(..., quantize=False)",
+    "mica": f"{_NEED_NUMBERS}; it works with load_model(..., quantize=False)",
+}
+
+
+def _check_start(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raise ``ValueError`` if the adapters' initial values cannot be had on this base."""
+    start = config.init_lora_weights
+    if not isinstance(start, str):
+        return
+    kind = "pissa_niter" if start.startswith("pissa_niter") else start
+    why = _CANNOT_START.get(kind)
+    if why is None and linear4bit_layers(model):
+        why = _CANNOT_START_IN_4_BITS.get(kind)
+    if why is not None:
+        raise ValueError(
+            f"init_lora_weights={start!r} cannot work here: {why}; 'olora' and 'gaussian' can, "
+            "and True is peft's default"
+        )
+
+
 def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """A ``peft`` model around a base, its trainable parameters in fp32."""
+    """A ``peft`` model around a base, its trainable parameters in fp32.
+
+    Raises:
+        ValueError: If the configuration's ``init_lora_weights`` cannot work on this base.
+    """
+    _check_start(model, config)
     with warnings.catch_warnings():
         # peft asks the model for a property that transformers has renamed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
