@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class Arm:
     memory_gb: float | None = None
     """As if the GPU had no more."""
     loader: bool = True
+    warmup: int | None = None
+    """Steps before the first that counts, at full size; of many shapes, each is to be recorded."""
     """Without: the same few windows again and again, on the device."""
     recipe: bool = False
     """The whole run with two evaluations and two checkpoints, timed from ``train()`` to its end."""
@@ -86,7 +88,7 @@ ARMS = {
     "f": Arm("ours 16 x 1 with fast=False", 0.5, fast=False),
     "h": Arm("ours 16 x 1, base in 16 bits", 0.15, dequantized=True),
     "e": Arm("ours, auto, 64 a step, 80 GB", 0.65, micro_batch="auto", many=True, memory_gb=80),
-    "d-mixed": Arm("ours 16 x 1", 0.25, rows="mixed"),
+    "d-mixed": Arm("ours 16 x 1", 0.25, rows="mixed", warmup=80),
     "g": Arm("ours 16 x 1 without a loader", 0.16, loader=False),
     "i": Arm("ours, auto, 24 GB", 0.2, micro_batch="auto", memory_gb=24),
     "d-jpeg": Arm("ours 16 x 1, JPEG files", 0.3, rows="jpeg"),
@@ -164,13 +166,21 @@ class Bench:
             self.base = base
         return iq.add_lora(self.base), self.processor
 
+    def size_of(self, arm: Arm) -> Size:
+        """How much an arm has to do."""
+        size = SIZES[self.size]
+        if arm.warmup is None or self.size != "9b":
+            return size
+        return replace(size, warmup=arm.warmup)
+
     def measure(self, key: str) -> dict[str, Any]:
         """Train, and take down all figures of an arm.
 
         After the whole recipe of the same arm, its steps are this arm's, and only the GPU's work
         in a step is measured.
         """
-        arm, size = ARMS[key], SIZES[self.size]
+        arm = ARMS[key]
+        size = self.size_of(arm)
         transformers_logging.disable_progress_bar()
         if self.device.type == "cuda":
             fraction = 1.0
@@ -213,7 +223,7 @@ class Bench:
         self, arm: Arm, model: Any, rows: Rows, window: int, folder: Path, meter: Meter
     ) -> dict[str, Any]:
         """One run of ``train()``, or of Trainer."""
-        size = SIZES[self.size]
+        size = self.size_of(arm)
         micro_batch: int | str = {"small": size.micro_batch, "large": window, "auto": "auto"}[
             arm.micro_batch
         ]
@@ -255,7 +265,7 @@ class Bench:
         self, arm: Arm, rows: Rows, window: int, meter: Meter, record: dict[str, Any]
     ) -> dict[str, Any]:
         """Figures of the counted steps, and what they are to be compared with."""
-        size = SIZES[self.size]
+        size = self.size_of(arm)
         tokens = [
             sum(rows.num_tokens[i : i + window]) for i in range(0, len(rows.in_order), window)
         ]
@@ -389,7 +399,7 @@ def ours(arm: Arm, model: Any, rows: Rows, config: iq.TrainConfig, meter: Meter)
     if arm.recipe:
         loop.finish_step = marked_finish
     if not arm.loader:
-        loop.Run.windows = lambda run: Repeated(windows(run), run.state.device)
+        loop.Run.windows = lambda run: Repeated(windows(run))
     try:
         with watched(meter):
             result = iq.train(
@@ -423,12 +433,11 @@ def before(function: Callable[..., Any], note: Callable[[], None]) -> Callable[.
 
 
 class Repeated:
-    """A few windows on the device, again and again."""
+    """A few windows that are there already, again and again."""
 
-    def __init__(self, loading: Any, device: torch.device, number: int = 4) -> None:
+    def __init__(self, loading: Any, number: int = 4) -> None:
         with loading as windows:
-            taken = [window.to(device) for window in itertools.islice(windows, number)]
-        self._windows = itertools.cycle(taken)
+            self._windows = itertools.cycle(list(itertools.islice(windows, number)))
 
     def __enter__(self) -> Iterator[Any]:
         return self._windows

@@ -170,7 +170,9 @@ class Meter:
 
     def _begin_profile(self) -> None:
         torch.cuda.synchronize()
-        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self._profile = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+        )
         self._profile.__enter__()
 
     def _end_profile(self) -> None:
