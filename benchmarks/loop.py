@@ -200,6 +200,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 max_steps=options.steps,
                 micro_batch_size=options.micro_batch_size,
                 precision=options.precision,
+                fast=False,
                 load_best_model_at_end=False,
                 augment=False,
                 num_workers=0,

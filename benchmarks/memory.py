@@ -18,8 +18,8 @@ import tempfile
 from typing import Any
 
 import torch
-from full_size import ARCHITECTURES, configuration, random_4bit_model
 from peft import PeftModel
+from random_model import ARCHITECTURES, configuration, random_4bit_model
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from full_size import configuration, random_4bit_model
+from random_model import configuration, random_4bit_model
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 from train_meter import Meter, matmul_rate
@@ -127,7 +127,7 @@ SIZES = {
     "small": Size(2, 4, 8, 40, (30, 48), 1, 3, 1, 2, (60, 80), 256),
     "tiny": Size(2, 4, 8, 40, (30, 48), 1, 3, 1, 2, (60, 80), 256),
 }
-"""``tiny`` is the embedded model; the others are architectures of ``full_size.py``."""
+"""``tiny`` is the embedded model; the others are architectures of ``random_model.py``."""
 WARM_AGAIN = 3
 """Steps before those that are profiled: a shape runs eagerly, is recorded, and is replayed."""
 

@@ -272,11 +272,3 @@ def test_a_checkpoint_goes_on_exactly(on_gpu, tmp_path, cards):
     torch.testing.assert_close(
         adapter_tensors(resumed), adapter_tensors(whole), rtol=1e-3, atol=1e-5
     )
-
-
-def test_full_size_benchmark_runs_small(capsys):
-    """The benchmark that builds 9b builds and trains its small architecture on the GPU."""
-    import full_size
-
-    summary = full_size.main(["--architecture", "small", "--steps", "4", "--num-tokens", "40"])
-    assert summary["last_loss"] < summary["first_loss"]

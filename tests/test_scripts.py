@@ -12,7 +12,6 @@ import datasets
 import describe_image
 import diagnostics
 import finetune_pokemon_cards
-import full_size
 import import_time
 import loop
 import pytest
@@ -119,17 +118,6 @@ def test_the_quickstart_tells_what_was_not_learnt(tmp_path, monkeypatch, capsys)
         assert set(metrics[score]) == set(iq.tiny.FIELDS)
     assert metrics["log_history"][-1]["step"] == 2
     assert "torch" in metrics["versions"]
-
-
-def test_the_full_size_benchmark_at_small_size(capsys):
-    """The code that builds idefics-9b on a GPU builds and trains a small architecture here."""
-    arguments = ["--architecture", "small", "--num-tokens", "40", "--num-workers", "0"]
-    summary = full_size.main(
-        [*arguments, "--steps", "4", "--global-batch-size", "4", "--precision", "fp32"]
-    )
-    assert summary["last_loss"] < summary["first_loss"]
-    assert summary["examples_per_second"] > 0
-    assert '"gib_peak_while_training"' in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")

@@ -15,7 +15,7 @@ import train
 import train_arms
 import train_meter
 import train_tables
-from full_size import configuration
+from random_model import configuration
 
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.order import Windows

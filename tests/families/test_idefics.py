@@ -1,7 +1,7 @@
 """What is peculiar to IDEFICS."""
 
 import pytest
-from full_size import configuration
+from random_model import configuration
 
 from idefics_qlora.families import FAMILIES
 

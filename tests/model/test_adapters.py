@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from full_size import configuration
 from gradients import backward, open_adapters, parts_with_gradient
 from helpers import config_of, same
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from random_model import configuration
 from transformers import IdeficsForVisionText2Text
 
 import idefics_qlora as iq

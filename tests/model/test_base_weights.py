@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from full_size import configuration, random_4bit_model
 from helpers import config_of
+from random_model import configuration, random_4bit_model
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import idefics_qlora as iq

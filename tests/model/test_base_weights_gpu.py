@@ -6,8 +6,8 @@ import gc
 import memory as benchmark
 import pytest
 import torch
-from full_size import configuration, random_4bit_model
 from micro_batches import QKV, a_batch, adapted, check_equal, gradient, lengths_of
+from random_model import configuration, random_4bit_model
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator

@@ -10,8 +10,8 @@ import bitsandbytes as bnb
 import memory as benchmark
 import pytest
 import torch
-from full_size import configuration, random_4bit_model
 from peft import LoraConfig
+from random_model import configuration, random_4bit_model
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

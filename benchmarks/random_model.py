@@ -1,22 +1,13 @@
-"""Train the idefics-9b architecture at full size, with random weights and no download.
-
-    python benchmarks/full_size.py                    # ten steps of the recipe; needs a CUDA GPU
-    python benchmarks/full_size.py --architecture small   # the same code at toy size, on a CPU too
+"""The architectures of IDEFICS with random weights in 4 bits, built without a download.
 
 Every linear layer is made and quantised on the device, one at a time, so the fp16 model never
 exists as a whole. The gates of the cross-attention are set to 1 (``alpha_initializer="ones"``);
-closed, as a fresh configuration has them, the images would be without effect. Loss values of random
+closed, as a fresh configuration has them, the images would be without effect. Losses of random
 weights mean nothing beyond being finite and falling.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
-import statistics
-import tempfile
-import time
 from typing import Any
 
 import bitsandbytes as bnb
@@ -24,11 +15,8 @@ import torch
 from torch import nn
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
-import idefics_qlora as iq
 from idefics_qlora.families import FAMILIES
-from idefics_qlora.machine import library_versions
 from idefics_qlora.model.precision import set_compute_dtype
-from idefics_qlora.training.result import peak_memory_bytes
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "9b": {
@@ -158,102 +146,3 @@ def fresh_buffers(model: nn.Module, device: torch.device) -> None:
             inv_freq, _ = module.compute_default_rope_parameters(module.config)
             module.inv_freq = inv_freq.to(device)
             module.original_inv_freq = inv_freq.clone().to(device)
-
-
-def example_rows(processor: Any, number: int, num_tokens: int) -> list[iq.Example]:
-    """Cards with a text of about ``num_tokens`` tokens each."""
-    tokenizer = processor.tokenizer
-    rows = []
-    for card in iq.tiny.creature_cards(number, seed=0):
-        ids = tokenizer(f"This is {card['name']}. " + card["caption"] * 20)["input_ids"]
-        text = tokenizer.decode(ids[: num_tokens - 20], skip_special_tokens=True)
-        prompt = [card["image"], "Question: What's on the picture? Answer:"]
-        rows.append(iq.Example(prompt, " " + text))
-    return rows
-
-
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Build, train, print one line per step and a summary; returns the summary."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architecture", choices=ARCHITECTURES, default="9b")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--num-tokens", type=int, default=100, help="text tokens per example")
-    parser.add_argument("--global-batch-size", type=int, default=16)
-    parser.add_argument("--micro-batch-size", type=int, default=2)
-    parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"], default="fp16")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--num-workers", type=int, default=2)
-    options = parser.parse_args(arguments)
-
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    started = time.perf_counter()
-    config = configuration(options.architecture)
-    base = random_4bit_model(config, device)
-    _, processor = iq.tiny.load_model(device="cpu")
-    processor.image_processor.size = {
-        "height": config.vision_config.image_size,
-        "width": config.vision_config.image_size,
-    }
-    model = iq.add_lora(base)
-    built = time.perf_counter() - started
-    weights = peak_memory_bytes(device)
-
-    rows = example_rows(processor, 2 * options.global_batch_size, options.num_tokens)
-    times: list[float] = []
-
-    def on_log(record: dict[str, float]) -> None:
-        times.append(time.perf_counter())
-        print(
-            f"step {record['step']:3d}  loss {record['loss']:.4f}  "
-            f"grad norm {record['grad_norm']:.4f}",
-            flush=True,
-        )
-
-    with tempfile.TemporaryDirectory() as folder:
-        result = iq.train(
-            model,
-            processor,
-            rows,
-            config=iq.TrainConfig(
-                output_dir=folder,
-                max_steps=options.steps,
-                global_batch_size=options.global_batch_size,
-                micro_batch_size=options.micro_batch_size,
-                precision=options.precision,
-                gradient_checkpointing=options.gradient_checkpointing,
-                num_workers=options.num_workers,
-                logging_steps=1,
-                save_steps=options.steps,
-                load_best_model_at_end=False,
-            ),
-            on_log=on_log,
-        )
-    # The first steps load kernels and fill caches; the rest is timed step by step.
-    seconds = statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
-    losses = [record["loss"] for record in result.log_history if "loss" in record]
-    tokens = result.metrics["train_tokens_per_second"] / result.metrics["train_samples_per_second"]
-    summary = {
-        "architecture": options.architecture,
-        "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
-        "precision": options.precision,
-        "micro_batch_size": options.micro_batch_size,
-        "global_batch_size": options.global_batch_size,
-        "gradient_checkpointing": options.gradient_checkpointing,
-        "text_tokens_per_example": round(tokens, 1),
-        "seconds_to_build": round(built, 1),
-        "seconds_per_step": seconds,
-        "examples_per_second": options.global_batch_size / seconds,
-        "tflops": result.metrics["total_flos"] / options.steps / seconds / 1e12,
-        "gib_peak_while_building": weights / 2**30,
-        "gib_peak_while_training": result.metrics["peak_memory_bytes"] / 2**30,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "skipped_windows": result.metrics["skipped_windows"],
-        "versions": library_versions(),
-    }
-    print(json.dumps(summary, indent=2))
-    return summary
-
-
-if __name__ == "__main__":
-    main()
