@@ -175,8 +175,8 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
 
-    loss = window_backward(state, window.to(state.device))  # forward and backward passes
-
+    # Forward and backward passes, one micro-batch after the other: model/execution.py.
+    loss = window_backward(state, window.to(state.device))
     if state.scaler.is_enabled():
         state.optimizer.spoil_unless_finite(loss)  # an overflow, without a sync
     state.scaler.unscale_(state.optimizer)
