@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from idefics_qlora.data.workers import LoaderError
     from idefics_qlora.durable import CheckpointError
     from idefics_qlora.evaluation import metrics
-    from idefics_qlora.evaluation.generation import generate
+    from idefics_qlora.evaluation.generation import generate, generate_iter
     from idefics_qlora.evaluation.held_out import evaluate
     from idefics_qlora.evaluation.image_use import ImageUse, image_use
     from idefics_qlora.images.access import BadImage, ImageAccess
@@ -49,7 +49,7 @@ _HOMES = {
     "data.preview": ("Preview", "preview_batch"),
     "data.workers": ("LoaderError",),
     "durable": ("CheckpointError",),
-    "evaluation.generation": ("generate",),
+    "evaluation.generation": ("generate", "generate_iter"),
     "evaluation.held_out": ("evaluate",),
     "evaluation.image_use": ("ImageUse", "image_use"),
     "images.access": ("BadImage", "ImageAccess"),
@@ -89,6 +89,7 @@ __all__ = [
     "estimate_memory",
     "evaluate",
     "generate",
+    "generate_iter",
     "image_use",
     "images",
     "latest_checkpoint",

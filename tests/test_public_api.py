@@ -35,6 +35,7 @@ def test_public_names():
         "estimate_memory",
         "evaluate",
         "generate",
+        "generate_iter",
         "image_use",
         "images",
         "latest_checkpoint",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from numbers import Integral
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from PIL import Image
 from torch import Tensor
@@ -15,9 +15,10 @@ from torch import Tensor
 from idefics_qlora.data.bad_rows import BadRow
 from idefics_qlora.data.batches import Collator, Tokens
 from idefics_qlora.data.captions import Captions, pokemon_card_example
-from idefics_qlora.data.example import Example, ToExample, naming_row
+from idefics_qlora.data.example import Example, PromptItem, ToExample, naming_row
 from idefics_qlora.data.fingerprints import Fingerprint, hash_given, hash_tensors, mark_origins
-from idefics_qlora.data.formats import as_example
+from idefics_qlora.data.formats import as_example, prompt_of
+from idefics_qlora.data.frames import FrameRows
 from idefics_qlora.data.windows import Window
 from idefics_qlora.images.access import BadImage, ImageAccess
 
@@ -45,6 +46,8 @@ class RowStream(Protocol):
         """Let the next iteration be that of this epoch."""
 
 
+T = TypeVar("T")
+
 Rows: TypeAlias = NumberedRows | RowStream
 
 
@@ -60,6 +63,7 @@ class RowReader:
         name: What to call them in errors, such as ``train_rows``.
         to_example: The user's conversion of a row, or ``None``.
         collator: Tokenises and prepares images.
+        once: Whether rows that can be read but once will do: anything to iterate over.
 
     Raises:
         TypeError: If the rows have neither numbers nor a resumable stream's methods.
@@ -67,14 +71,18 @@ class RowReader:
     """
 
     def __init__(
-        self, rows: Rows, name: str, to_example: ToExample | None, collator: Collator
+        self,
+        rows: Rows | Iterable[Any],
+        name: str,
+        to_example: ToExample | None,
+        collator: Collator,
+        once: bool = False,
     ) -> None:
-        self.is_stream = not isinstance(rows, NumberedRows) and isinstance(rows, RowStream)
-        if hasattr(rows, "iloc"):
-            raise TypeError(
-                f"{name} is a table of pandas, whose items are columns: expected rows, such as "
-                'table.to_dict("records")'
-            )
+        if hasattr(rows, "iloc"):  # a table of pandas, whose own items are columns
+            rows = FrameRows(rows)
+        self.is_stream = not isinstance(rows, NumberedRows) and (
+            isinstance(rows, RowStream) or (once and isinstance(rows, Iterable))
+        )
         if isinstance(rows, dict) and rows:
             raise TypeError(
                 f"{name} is a mapping of {sorted(map(str, rows))}: expected one of its parts, such "
@@ -87,8 +95,8 @@ class RowReader:
             )
         if isinstance(rows, NumberedRows) and len(rows) == 0:
             raise ValueError(f"{name} is empty: there is no row to learn or to evaluate")
-        self.rows = rows
-        self.class_names = class_names(rows)
+        self.rows: Rows = rows  # type: ignore[assignment]  # only with `once` of another kind
+        self.class_names = class_names(self.rows)
         # What a stream's own iteration would decode, outside of any row's error handling.
         self._features = getattr(rows, "features", None) if self.is_stream else None
         self.name = name
@@ -97,7 +105,7 @@ class RowReader:
         self._encoded_rows = None
         is_known = isinstance(to_example, Captions | None) or to_example is pokemon_card_example
         if is_known and (collator.kept is not None or collator.access.draft):
-            self._encoded_rows = encoded_rows(rows)  # a user's function gets its row as it is
+            self._encoded_rows = encoded_rows(self.rows)  # a user's function gets its row as it is
 
     def __len__(self) -> int:
         return len(self.rows)  # type: ignore[arg-type]  # not asked of a stream
@@ -212,6 +220,8 @@ class RowReader:
 
     def stream(self) -> Any:
         """The stream with its pictures still encoded, so that a bad one spoils its own row only."""
+        if not isinstance(self.rows, RowStream):
+            return self.rows
         rows: Any = copy.copy(self.rows)  # the user's object keeps its own position
         return rows if self._features is None else rows.decode(False)
 
@@ -228,14 +238,23 @@ class RowReader:
 
         The numbers of classes become their names, except for a ``to_example`` of the user's own.
         """
-        if self.class_names and isinstance(self.to_example, Captions | None):
-            row = dict(row)
-            for column, names in self.class_names.items():
-                if isinstance(row.get(column), Integral):
-                    with naming_row(f"{column}={row[column]}"):
-                        row[column] = names.int2str(int(row[column]))
         with self.collator.opening():
-            return as_example(row, self.to_example, self.collator.access)
+            return as_example(self._with_names(row), self.to_example, self.collator.access)
+
+    def prompt(self, row: Any) -> Sequence[PromptItem]:
+        """What a row asks, with or without its answer; otherwise as :meth:`example`."""
+        with self.collator.opening():
+            return prompt_of(self._with_names(row), self.to_example, self.collator.access)
+
+    def _with_names(self, row: Any) -> Any:
+        if not self.class_names or not isinstance(self.to_example, Captions | None):
+            return row
+        row = dict(row)
+        for column, names in self.class_names.items():
+            if isinstance(row.get(column), Integral):
+                with naming_row(f"{column}={row[column]}"):
+                    row[column] = names.int2str(int(row[column]))
+        return row
 
     def decoded(self, row: Any) -> Any:
         """A stream's row with its pictures decoded; rows with numbers are so already."""
@@ -258,13 +277,26 @@ class RowReader:
             look: Shown the row, if it can be read.
             marked: Whether its pictures shall tell what ``datasets`` decoded them from.
         """
+
+        def convert(decoded: Any) -> tuple[Example, Tokens, list[Tensor]]:
+            if marked:
+                mark_origins(decoded, self._encoded(number) if row is ... else row)
+            return self._convert(decoded, crop_seed, look)
+
+        return self.attempt(number, row, convert)
+
+    def attempt(self, number: int, row: Any, convert: Callable[[Any], T]) -> T | BadRow:
+        """What is made of a row, or what is wrong with it.
+
+        Args:
+            number: Its number.
+            row: The row itself; ``...`` to have it looked up.
+            convert: Given the row with its pictures decoded.
+        """
         name = f"{self.name}[{number}]"
         try:
             with naming_row(name):
-                decoded = self.row(number) if row is ... else self.decoded(row)
-                if marked:
-                    mark_origins(decoded, self._encoded(number) if row is ... else row)
-                return self._convert(decoded, crop_seed, look)
+                return convert(self.row(number) if row is ... else self.decoded(row))
         except BadImage as error:
             return BadRow(name, error.source.removesuffix(f" of {name}"), error.reason)
         except ValueError as error:

@@ -1,6 +1,8 @@
 """Rows as they come: what is none is said, and every error names its row."""
 
 import datasets
+import numpy as np
+import pandas as pd
 import pytest
 from helpers import config_of
 
@@ -46,13 +48,21 @@ def test_a_failing_evaluation_saves_first(lora, processor, examples, tmp_path, m
     assert iq.latest_checkpoint(tmp_path).name == "checkpoint-3"
 
 
-def test_a_table_of_pandas_is_not_rows(lora, processor, tmp_path):
-    """Its items are columns: said with the way out."""
-    import pandas as pd
-
-    table = pd.DataFrame({"prompt": ["a"], "completion": [" b"]})
-    with pytest.raises(TypeError, match=r"to_dict\(\"records\"\)"):
-        iq.train(lora, processor, table, config=config_of(tmp_path))
+def test_a_table_of_pandas(processor, picture):
+    """A whole frame is rows, whatever its index; types stay, gaps are absent."""
+    columns = {"image": [picture] * 2, "number": [3, 4], "text": ["a", None], "share": [0.5, None]}
+    columns["answers"] = [np.array(["x", "y"]), None]
+    frame = pd.DataFrame(columns, index=[7, 9])
+    frame["number"] = frame["number"].astype("Int64")
+    frame.loc[9, "number"] = pd.NA
+    reader = RowReader(frame, "rows", iq.Captions(answer=" {number} {share}"), Collator(processor))
+    assert len(reader) == 2
+    row = {"number": 3, "text": "a", "share": 0.5, "answers": ["x", "y"]}
+    assert reader.row(0) == {"image": picture, **row}
+    assert reader.row(1) == {"image": picture, **dict.fromkeys(row)}
+    assert reader.example(reader.row(0)).completion == " 3 0.5"
+    window = reader.window((number, ..., None) for number in range(2))
+    assert (window.rows, window.bad[0].row) == ((0,), "rows[1]")
 
 
 def test_empty_columns_of_a_table_are_absent(processor, picture):
