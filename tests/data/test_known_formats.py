@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 
@@ -287,6 +288,14 @@ def test_parquet(picture, tmp_path):
     (tmp_path / "d.parquet").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"d.parquet, after 0 rows: no parquet"):
         iq.load_rows(tmp_path / "d.parquet")
+
+
+def test_parquet_without_its_reader(tmp_path, monkeypatch):
+    """What is missing is said with how to install it."""
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError, match=r'a.parquet: .*pyarrow.*pip install "datasets>=4.0"'):
+        iq.load_rows(tmp_path / "a.parquet")
 
 
 def test_the_json_of_llava(picture, tmp_path):

@@ -1,10 +1,12 @@
 """Rows as they come: what is none is said, and every error names its row."""
 
+import copy
+
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import config_of
+from helpers import config_of, encoded
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
@@ -63,6 +65,19 @@ def test_a_table_of_pandas(processor, picture):
     assert reader.example(reader.row(0)).completion == " 3 0.5"
     window = reader.window((number, ..., None) for number in range(2))
     assert (window.rows, window.bad[0].row) == ((0,), "rows[1]")
+
+
+def test_training_on_a_table_of_pandas(lora, processor, cards, tmp_path):
+    """Trains, evaluates and compares rows as those of a list."""
+    rows = [{"image": encoded(card["image"]), "text": card["name"]} for card in cards[:12]]
+    results = []
+    for name, kind in (("list", list), ("frame", pd.DataFrame)):
+        config = config_of(tmp_path / name, max_steps=1)
+        model = copy.deepcopy(lora)
+        train, held_out = kind(rows[:8]), kind(rows[8:])
+        results.append(iq.train(model, processor, train, held_out, config=config))
+    assert results[0].training_loss == results[1].training_loss
+    assert results[0].metrics["train_loss"] == results[1].metrics["train_loss"]
 
 
 def test_empty_columns_of_a_table_are_absent(processor, picture):
