@@ -25,7 +25,7 @@ FLOORS = (
     ("evaluation",),
     ("training",),
     ("tiny",),
-    ("__init__",),
+    ("__init__", "told", "settings", "cli", "__main__"),
 )
 """Rooms, and files at the root, from the top to the bottom."""
 

@@ -340,11 +340,8 @@ def _optimizer_bytes(number: int, optim: str) -> int:
     return 2 * (number + 4 * -(-number // 256))  # 8 bits each, and a scale for each block of 256
 
 
-def main(arguments: list[str] | None = None) -> MemoryEstimate:
-    """Print the table of a checkpoint; returns the estimate."""
-    parser = argparse.ArgumentParser(
-        prog="python -m idefics_qlora.model.memory", description=(__doc__ or "").splitlines()[0]
-    )
+def add_arguments(parser: Any) -> None:
+    """Give a parser the arguments of :func:`estimate_memory`."""
     parser.add_argument("checkpoint", help="Hub id or local folder")
     parser.add_argument("--text-tokens", type=int, default=100, help="per example")
     parser.add_argument("--images", type=int, default=1, help="per example")
@@ -355,6 +352,14 @@ def main(arguments: list[str] | None = None) -> MemoryEstimate:
     parser.add_argument("--precision", choices=get_args(Precision), default="fp16")
     parser.add_argument("--base-weights", choices=get_args(BaseWeights), default="4bit")
     parser.add_argument("--revision", help="of a Hub checkpoint")
+
+
+def main(arguments: list[str] | None = None) -> MemoryEstimate:
+    """Print the table of a checkpoint; returns the estimate."""
+    parser = argparse.ArgumentParser(
+        prog="python -m idefics_qlora.model.memory", description=(__doc__ or "").splitlines()[0]
+    )
+    add_arguments(parser)
     estimate = estimate_memory(**vars(parser.parse_args(arguments)))
     print(estimate)
     return estimate

@@ -1,0 +1,396 @@
+"""The command line: ``idefics-qlora COMMAND``, also ``python -m idefics_qlora COMMAND``.
+
+Parses, calls the library, prints. What a command needs is imported when it is called, so that the
+list of commands is there at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import glob
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from idefics_qlora.settings import Told
+    from idefics_qlora.told import Field
+
+PROG = "idefics-qlora"
+DONE, FAILED, WRONG = 0, 1, 2
+"""Exit codes; a signal's is 128 and its number."""
+
+COMPLETION = (
+    f"Shell completion: write what {PROG} --print_completion=shtab-bash prints to "
+    f"~/.local/share/bash-completion/completions/{PROG}, or, with shtab-zsh, to a file _{PROG} in "
+    "a folder of fpath."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: The command and its options; those of the process by default.
+
+    Returns:
+        0 done, 1 failed, 2 settings or data wrong before training, 128 + n stopped by a signal.
+    """
+    arguments = [*(sys.argv[1:] if arguments is None else arguments)]
+    if not arguments or arguments[0] not in COMMANDS:
+        return _overview(arguments)
+    name, *rest = arguments
+    from idefics_qlora.told import SettingsError
+
+    try:
+        return COMMANDS[name].run(rest)
+    except SettingsError as error:
+        number = len(error.problems)
+        print(f"{PROG} {name}: {number} problem{'s' * (number > 1)}", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  - {problem}", file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read has left: `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _overview(arguments: list[str]) -> int:
+    """``--help``, ``--version`` and completion; anything else is a command that there is not."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    from idefics_qlora import __version__
+
+    set_parsing_settings(add_print_completion_argument=True)
+    about = "Fine-tune IDEFICS vision-language models in 4 bits on one GPU."
+    parser = ArgumentParser(prog=PROG, version=__version__, description=about, epilog=COMPLETION)
+    commands = parser.add_subcommands(title="commands")
+    whole = any(argument.startswith("--print_completion") for argument in arguments)
+    for name, command in COMMANDS.items():
+        inner = command.parser() if whole else ArgumentParser()
+        commands.add_subcommand(name, inner, help=command.about)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return WRONG
+    parser.parse_args(arguments)  # prints and exits
+    return WRONG
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def _train(arguments: list[str]) -> int:
+    told = _told("train", arguments)
+    config, lora, to_example = told.config(), told.lora(), told.to_example()
+    train_rows, eval_rows = told.rows("train"), told.rows("eval")
+    told.check_base()
+    told.raise_problems()
+
+    from idefics_qlora.model.adapters import add_lora
+    from idefics_qlora.settings import wrong
+    from idefics_qlora.training.loop import train
+
+    with wrong():
+        model, processor = told.base()
+        model = add_lora(model, lora, seed=config.seed)
+    try:
+        result = train(
+            model,
+            processor,
+            train_rows,
+            eval_rows,
+            config=config,
+            to_example=to_example,
+            on_log=_print_record,
+            access=told.access,
+        )
+    except Exception as error:
+        if _before_training(error):
+            with wrong():
+                raise
+        raise
+    if result.stopped_by is not None:
+        print(f"stopped by {result.stopped_by} after step {result.global_step}; start it again")
+        return 128 + signal.Signals[result.stopped_by]
+    print(f"{result.global_step} steps; the checkpoints are in {config.output_dir}")
+    if result.best_checkpoint is not None:
+        print(f"the best adapter is in {result.best_checkpoint}")
+    return DONE
+
+
+def _before_training(error: Exception) -> bool:
+    """Whether ``train`` raised it while it looked at what it was given, or at what to resume."""
+    from idefics_qlora.process import RunLock
+    from idefics_qlora.training.inputs import check_inputs
+    from idefics_qlora.training.run import Run
+
+    before = {check_inputs.__code__, RunLock.__enter__.__code__, Run.__init__.__code__}
+    return any(f.f_code in before for f, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _print_record(record: dict[str, Any]) -> None:
+    print(json.dumps(record, default=str), flush=True)
+
+
+# --- evaluate, preview, memory --------------------------------------------------------------------
+
+
+def _evaluate(arguments: list[str]) -> int:
+    told = _told("evaluate", arguments)
+    to_example, rows = told.to_example(), told.rows("eval")
+    told.check_source()
+    told.raise_problems()
+
+    from idefics_qlora.evaluation.held_out import evaluate
+    from idefics_qlora.settings import wrong
+
+    with wrong():
+        model, processor = told.model()
+        values = told.section("train")
+        metrics = evaluate(
+            model,
+            processor,
+            rows,
+            to_example=to_example,
+            batch_size=values["eval_batch_size"],
+            loss_on=values["loss_on"],
+            max_length=values["max_length"],
+            on_bad_row=values["on_bad_row"],
+            access=told.access,
+        )
+    text = json.dumps(metrics, indent=2)
+    print(text)
+    if output := told.values["output"]:
+        Path(output).write_text(text + "\n", encoding="utf-8")
+    return DONE
+
+
+def _preview(arguments: list[str]) -> int:
+    told = _told("preview", arguments)
+    to_example, rows = told.to_example(), told.rows("train")
+    told.check_base()
+    told.raise_problems()
+
+    from idefics_qlora.data.preview import preview_batch
+    from idefics_qlora.settings import wrong
+
+    values = told.section("train")
+    with wrong():
+        preview = preview_batch(
+            told.processor(),
+            rows,
+            to_example,
+            indices=told.values["rows"],
+            loss_on=values["loss_on"],
+            max_length=values["max_length"],
+            access=told.access,
+        )
+        page = Path(told.values["output"])
+        head = '<!doctype html><meta charset="utf-8"><title>Preview</title>'
+        page.write_text(head + preview._repr_html_(), encoding="utf-8")
+    print(f"with the pictures: {page}")
+    return DONE
+
+
+def _memory(arguments: list[str]) -> int:
+    from idefics_qlora.model.memory import estimate_memory
+    from idefics_qlora.settings import base_of, wrong
+
+    values = _memory_parser().parse_args(arguments).as_dict()
+    with wrong():
+        print(estimate_memory(base_of(values.pop("checkpoint")), **values))
+    return DONE
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+def _generate(arguments: list[str]) -> int:
+    told = _told("generate", arguments)
+    output, question = told.values["output"], told.question()
+    told.check_source()
+    told.check_whole("batch_size", "max_new_tokens")
+    told.check_output(output)
+    sources = list(_sources(told.pictures))
+    told.raise_problems()
+
+    from idefics_qlora.evaluation.generation import generate
+    from idefics_qlora.settings import wrong
+
+    with wrong():
+        model, processor = told.model()
+    bad: list[str] = []
+    size, written = told.values["batch_size"], 0
+    as_csv = (told.values["format"] or Path(output or "").suffix.removeprefix(".")) == "csv"
+    with contextlib.ExitStack() as stack:
+        file: Any = sys.stdout
+        if output:
+            file = stack.enter_context(open(output, "x", encoding="utf-8", newline=""))
+        table = csv.writer(file, lineterminator="\n") if as_csv else None
+        if table:
+            table.writerow(["image", "text"])
+        pictures = _opened(sources, told.access, bad)
+        while part := list(islice(pictures, size)):
+            texts = generate(
+                model,
+                processor,
+                [[picture, question] for _, picture in part],
+                max_new_tokens=told.values["max_new_tokens"],
+                batch_size=size,
+                access=told.access,
+            )
+            for (source, _), text in zip(part, texts, strict=True):
+                if table:
+                    table.writerow([source, text.strip()])
+                else:
+                    line = json.dumps({"image": source, "text": text.strip()}, ensure_ascii=False)
+                    file.write(f"{line}\n")
+                file.flush()  # an interruption keeps what is there
+                written += 1
+    if bad:
+        print(f"{written} pictures described, {len(bad)} skipped", file=sys.stderr)
+    return DONE if written else FAILED
+
+
+def _sources(named: Sequence[str]) -> Iterator[str]:
+    """The pictures that are meant by files, URLs, folders and globs."""
+    from PIL import Image
+
+    from idefics_qlora.images.access import is_url
+
+    endings = Image.registered_extensions()
+    for name in named:
+        if is_url(name) or os.path.isfile(name):
+            yield name
+        elif os.path.isdir(name):
+            files = sorted(path for path in Path(name).rglob("*") if path.is_file())
+            yield from (str(path) for path in files if path.suffix.lower() in endings)
+        else:
+            found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+            yield from found or [name]  # what is not there is told when it is opened
+
+
+def _opened(sources: Sequence[str], access: Any, bad: list[str]) -> Iterator[tuple[str, Any]]:
+    """Each picture that can be opened, with its name; the others are told and noted."""
+    from idefics_qlora.images.access import BadImage
+    from idefics_qlora.images.opening import open_image
+
+    for source in sources:
+        try:
+            yield source, open_image(source, access)
+        except BadImage as error:
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
+            bad.append(source)
+
+
+# --- what there is --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Command:
+    run: Callable[[list[str]], int]
+    about: str
+    parser: Callable[[], ArgumentParser]
+
+
+def _told(command: str, arguments: list[str]) -> Told:
+    from idefics_qlora.settings import Told
+
+    return Told(_fields(command), COMMANDS[command].parser(), arguments, NEEDED[command])
+
+
+def _fields(command: str) -> dict[str, Field]:
+    """The command's own options, and the four sections of a run."""
+    from idefics_qlora.settings import sections
+    from idefics_qlora.told import Field
+
+    adapter = Field(str | None, None, "A run's folder, or a checkpoint-N of it; left out: the base")
+    own = {
+        "train": {},
+        "evaluate": {
+            "adapter": adapter,
+            "output": Field(str | None, None, "File for the metrics as JSON, beside printing them"),
+        },
+        "preview": {
+            "rows": Field(list[int] | None, None, "Row numbers, such as [0,7]; left out: two"),
+            "output": Field(str, "preview.html", "The page with the pictures"),
+        },
+        "generate": {
+            "adapter": adapter,
+            "question": Field(str | None, None, "Text behind each picture; else data.question"),
+            "max_new_tokens": Field(int, 50, "Tokens of a text at most"),
+            "batch_size": Field(int, 8, "Pictures in one batch"),
+            "output": Field(str | None, None, "A new file; left out: printed"),
+            "format": Field(
+                Literal["jsonl", "csv"] | None, None, "Left out: by output's ending, else jsonl"
+            ),
+        },
+    }
+    return {**own[command], **sections()}
+
+
+SHOWN = {
+    "train": ("model", "lora", "data", "train"),
+    "evaluate": ("model", "data", "train"),
+    "preview": ("model", "data", "train"),
+    "generate": ("model",),
+}
+"""Sections that a command's help shows; the others may stand in its configuration file."""
+
+
+NEEDED = {
+    "train": ("model.base", "data.train", "train.output_dir"),
+    "evaluate": ("data.eval",),
+    "preview": ("model.base", "data.train"),
+    "generate": (),
+}
+"""Settings without a default, by command."""
+
+
+def _parser(command: str) -> Callable[[], ArgumentParser]:
+    def make() -> ArgumentParser:
+        from idefics_qlora.settings import parser_of
+
+        about = COMMANDS[command].about
+        fields, shown, needed = _fields(command), SHOWN[command], NEEDED[command]
+        parser = parser_of(f"{PROG} {command}", about, fields, shown, needed)
+        if command == "generate":
+            parser.add_argument("pictures", nargs="+", type=str, help="files, folders, globs, URLs")
+        return parser
+
+    return make
+
+
+def _memory_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    from idefics_qlora.model.memory import add_arguments
+
+    parser = ArgumentParser(prog=f"{PROG} memory")
+    add_arguments(parser)
+    return parser
+
+
+COMMANDS = {
+    "train": _Command(_train, "fine-tune a base on rows", _parser("train")),
+    "evaluate": _Command(_evaluate, "loss on held-out rows, as JSON", _parser("evaluate")),
+    "generate": _Command(
+        _generate, "describe pictures: a line of JSON or CSV for each", _parser("generate")
+    ),
+    "preview": _Command(
+        _preview, "show what the model gets of some rows, as text and as a page", _parser("preview")
+    ),
+    "memory": _Command(_memory, "estimate the GPU memory of a training", _memory_parser),
+}

@@ -1,0 +1,344 @@
+"""What a command can be told, and what the library makes of it; problems are collected."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from jsonargparse import ArgumentParser
+from peft import LoraConfig
+from transformers import AutoProcessor
+
+from idefics_qlora.checkpoint import ADAPTER, latest_checkpoint
+from idefics_qlora.config import TrainConfig, check_whole, explanations
+from idefics_qlora.data.captions import QUESTION, Captions
+from idefics_qlora.data.files import load_rows
+from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
+from idefics_qlora.model.adapters import RECIPE
+from idefics_qlora.model.base_weights import BaseWeights
+from idefics_qlora.model.loading import load_config, load_finetuned, load_model
+from idefics_qlora.model.precision import DTYPES
+from idefics_qlora.tiny import BASE, creature_cards
+from idefics_qlora.told import Field, SettingsError, located, read
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The base, as ``load_model`` takes it."""
+
+    base: str
+    """Hub id, local folder, or ``tiny``, the embedded base."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+
+    quantize: bool = True
+    """Whether linear layers are quantised to 4 bits (NF4)."""
+
+    base_weights: BaseWeights = "4bit"
+    """``dequantized``: the same values in 16 bits, faster and four times as large."""
+
+    device: str | None = None
+    """``cuda:0``, ``cpu``, ...; left out: the first GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Rows, and how they become examples."""
+
+    train: str
+    """Rows to learn from: a folder or file that ``load_rows`` reads, ``hf:NAME:SPLIT`` of
+    ``datasets``, or ``tiny``, the drawn cards."""
+
+    eval: str | None = None
+    """Held-out rows, likewise."""
+
+    answer: str | None = None
+    """Template of what is learnt, such as `` {text}``; left out: the rows have a known format."""
+
+    question: str | None = None
+    """Template of the text behind the picture, beside ``answer``; left out: the tutorial's."""
+
+    image: str | None = None
+    """The picture's column, beside ``answer``; left out: ``image`` and the like."""
+
+    access: ImageAccess = field(default_factory=ImageAccess)
+
+
+_NOT_ASKED = {
+    *("peft_type", "auto_mapping", "task_type", "inference_mode", "peft_version"),
+    *("base_model_name_or_path", "revision", "megatron_config", "megatron_core"),
+}
+"""Fields of ``LoraConfig`` that peft fills in itself, or that belong to another library."""
+
+
+def _plain(hint: Any) -> bool:
+    """Whether a file can hold the type: no class of a library is part of it."""
+    if get_origin(hint) is Literal:
+        return True
+    if arguments := get_args(hint):
+        return all(_plain(argument) for argument in arguments if argument is not ...)
+    return hint in (str, int, float, bool, list, dict, tuple, NoneType, Any)
+
+
+def fields_of(section: str, kind: type, **defaults: Any) -> dict[str, Field]:
+    """The fields of a dataclass as ``section.name``; of those inside it as well."""
+    hints, texts = get_type_hints(kind), explanations(kind)
+    found: dict[str, Field] = {}
+    for each in dataclasses.fields(kind):
+        name, hint = f"{section}.{each.name}", hints[each.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            found |= fields_of(name, hint)
+            continue
+        default = defaults.get(each.name, None if each.default is MISSING else each.default)
+        if each.default_factory is not MISSING and each.name not in defaults:
+            default = each.default_factory()
+        text = texts.get(each.name) or str(each.metadata.get("help", ""))
+        found[name] = Field(hint, default, " ".join(text.replace("``", "").split()))
+    return found
+
+
+def sections() -> dict[str, Field]:
+    """The four sections of a run: ``model``, ``lora``, ``data`` and ``train``."""
+    lora = {
+        name: each
+        for name, each in fields_of("lora", LoraConfig, **RECIPE).items()
+        if name.partition(".")[2] not in _NOT_ASKED and name.count(".") == 1 and _plain(each.type)
+    }
+    return {
+        **fields_of("model", ModelSettings),
+        **lora,
+        **fields_of("data", DataSettings),
+        **fields_of("train", TrainConfig),
+    }
+
+
+def parser_of(
+    prog: str,
+    about: str,
+    fields: Mapping[str, Field],
+    shown: tuple[str, ...],
+    needed: tuple[str, ...],
+) -> ArgumentParser:
+    """The parser of a command with these fields; its help shows its own and those sections."""
+    parser = ArgumentParser(prog=prog, description=about)
+    parser.add_argument("--config", action="config", help="YAML file with these settings")
+    groups: dict[str, Any] = {}
+    for name, each in fields.items():
+        section = name.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section) if section else parser
+        text = each.text + (" (required)" if name in needed else "")
+        hidden = section and section.partition(".")[0] not in shown
+        groups[section].add_argument(
+            f"--{name}",
+            type=each.type,
+            default=each.default,
+            help=argparse.SUPPRESS if hidden else text,
+        )
+    return parser
+
+
+@contextlib.contextmanager
+def wrong() -> Iterator[None]:
+    """What the library says of settings and data, in this block, is what is wrong with them."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, OSError, TypeError, ValueError) as error:
+        raise SettingsError([str(error)]) from error
+    except RuntimeError as error:
+        if type(error) is not RuntimeError or "does not fit on" in str(error):
+            raise
+        raise SettingsError([str(error)]) from error
+
+
+def base_of(name: str) -> str:
+    """The Hub id or folder of a base; of ``tiny`` the embedded one's."""
+    return str(BASE) if name == "tiny" else name
+
+
+class Told:
+    """What a command was told, and what the library makes of it; problems are collected.
+
+    Args:
+        fields: The command's settings.
+        parser: The command's.
+        arguments: Those behind the command.
+        needed: Names of the settings that must be there.
+    """
+
+    def __init__(
+        self,
+        fields: Mapping[str, Field],
+        parser: ArgumentParser,
+        arguments: list[str],
+        needed: tuple[str, ...],
+    ) -> None:
+        self.values = {name: each.default for name, each in fields.items()}
+        self.pictures: list[str] = []
+        if {"-h", "--help"} & set(arguments):
+            parser.parse_args(arguments)  # prints and exits
+        asked = any(argument.startswith("--print_") for argument in arguments)
+        self.given, self.problems = read(arguments, fields, () if asked else needed)
+        if asked:
+            self.raise_problems()
+        if self.problems:  # find what else is wrong in what could be read
+            self.values |= {name: given.value for name, given in self.given.items()}
+        else:
+            told = parser.parse_args(arguments)
+            self.values = {name: told[name] for name in fields}
+            self.pictures = told.get("pictures", [])
+        self.access = self._made("data.access", ImageAccess, ValueError) or DEFAULT_ACCESS
+
+    def raise_problems(self) -> None:
+        """End the command if there are any."""
+        if self.problems:
+            raise SettingsError(self.problems)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """The fields of a section, without those of sections inside it."""
+        inside = ((n.removeprefix(f"{name}."), v) for n, v in self.values.items() if n != name)
+        return {n: v for n, v in inside if "." not in n and f"{name}.{n}" in self.values}
+
+    def config(self) -> Any:
+        """The settings of ``train``."""
+        if self.values["train.output_dir"] is None:  # told already
+            self.values["train.output_dir"] = "."
+        return self._made("train", TrainConfig, ValueError)
+
+    def lora(self) -> Any:
+        """The configuration of the adapters."""
+        return self._made("lora", LoraConfig, Exception)
+
+    def to_example(self) -> Captions | None:
+        """How a row becomes an example; ``None`` for rows of a known format."""
+        answer, question, image = (
+            self.values[f"data.{name}"] for name in ("answer", "question", "image")
+        )
+        if answer is None:
+            for name, value in (("question", question), ("image", image)):
+                if value is not None:
+                    self._note(f"data.{name}", "needs data.answer, the template of what is learnt")
+            return None
+        try:
+            return Captions(answer=answer, question=question or QUESTION, image=image)
+        except ValueError as error:
+            name = str(error).partition("=")[0]
+            where = f"{self.given[key].where}: " if (key := f"data.{name}") in self.given else ""
+            self.problems.append(f"{where}data.{error}")
+            return None
+
+    def question(self) -> str:
+        """The text behind a picture that is no row."""
+        name = "question" if self.values["question"] is not None else "data.question"
+        question: str = self.values[name] or QUESTION
+        if "{" in question:
+            self._note(name, "has a field, and a picture alone has no columns: pass --question")
+        return question
+
+    def rows(self, name: str) -> Any:
+        """The rows that ``data.train`` or ``data.eval`` names."""
+        source = self.values[f"data.{name}"]
+        if source is None:
+            return None
+        try:
+            if source == "tiny":
+                number, split = (256, "train") if name == "train" else (32, "held_out")
+                return creature_cards(number, seed=0, split=split)
+            if not source.startswith("hf:"):
+                return load_rows(source, access=self.access)
+            dataset, _, split = source.removeprefix("hf:").partition(":")
+            if not dataset or not split:
+                raise ValueError("expected hf:NAME:SPLIT, such as hf:me/photos:train")
+            from datasets import load_dataset
+
+            return load_dataset(dataset, split=split)
+        except (OSError, RuntimeError, ValueError) as error:
+            self._note(f"data.{name}", str(error))
+            return None
+
+    def check_base(self) -> None:
+        """See that there is such a base, without loading it."""
+        if (name := self.values["model.base"]) is not None:
+            try:
+                load_config(base_of(name), self.values["model.revision"])
+            except (OSError, ValueError) as error:
+                self._note("model.base", str(error))
+
+    def check_source(self) -> None:
+        """See that there is an adapter or a base."""
+        adapter = self.values["adapter"]
+        if adapter is None and self.values["model.base"] is None:
+            self.problems.append("neither --adapter nor --model.base: expected one of them")
+        elif adapter is None:
+            self.check_base()
+        elif not Path(adapter).expanduser().is_dir():
+            self._note("adapter", "is no folder: expected a run's, or a checkpoint-N of it")
+
+    def check_whole(self, *names: str) -> None:
+        """See that numbers are at least 1."""
+        for name in names:
+            try:
+                check_whole(**{name: self.values[name]})
+            except ValueError as error:
+                where = f"{self.given[name].where}: " if name in self.given else ""
+                self.problems.append(f"{where}{error}")
+
+    def check_output(self, output: str | None) -> None:
+        """See that a file can be written that is not there yet."""
+        if output is None:
+            return
+        if os.path.lexists(output):
+            self._note("output", "is there already: choose another name, or delete it")
+        elif not Path(output).absolute().parent.is_dir():
+            self._note("output", "lies in a folder that there is not: make it")
+
+    def base(self) -> Any:
+        """The base and its processor."""
+        values = self.section("model")
+        return load_model(base_of(values.pop("base")), **values, compute_dtype=self._dtype())
+
+    def model(self) -> Any:
+        """The adapter on its base, or the base alone, and its processor."""
+        values = self.section("model")
+        base, adapter = values.pop("base"), self.values["adapter"]
+        if adapter is None:
+            return self.base()
+        folder = Path(adapter).expanduser()
+        if not (folder / ADAPTER).is_file() and (newest := latest_checkpoint(folder)):
+            print(f"the newest checkpoint: {newest}", file=sys.stderr)
+            folder = newest
+        if values["revision"] is None:  # the adapter knows
+            values.pop("revision")
+        base = None if base is None else base_of(base)
+        return load_finetuned(folder, base=base, **values, compute_dtype=self._dtype())
+
+    def processor(self) -> Any:
+        """The base's processor, without its weights."""
+        name, _ = load_config(base_of(self.values["model.base"]), self.values["model.revision"])
+        return AutoProcessor.from_pretrained(name, revision=self.values["model.revision"])
+
+    def _dtype(self) -> torch.dtype:
+        return DTYPES[self.values["train.precision"]]
+
+    def _made(self, section: str, kind: type, errors: type[Exception]) -> Any:
+        try:
+            return kind(**self.section(section))
+        except errors as error:
+            self.problems += located(section, error, self.given)
+            return None
+
+    def _note(self, name: str, problem: str) -> None:
+        where = f"{self.given[name].where}: " if name in self.given else ""
+        self.problems.append(f"{where}{name}={self.values[name]!r}: {problem}")

@@ -1,0 +1,336 @@
+"""The command line: mistakes, exit codes, and that it does what the library does."""
+
+import configparser
+import contextlib
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import idefics_qlora as iq
+from idefics_qlora import cli
+from idefics_qlora.settings import sections
+
+ROOT = Path(__file__).parents[1]
+RUN = """
+model: {base: tiny, device: cpu}
+lora: {r: 8, lora_alpha: 16}
+data: {train: tiny, eval: tiny}
+train: {output_dir: run, max_steps: 2, learning_rate: 8e-3, global_batch_size: 2, precision: fp32,
+  num_workers: 0, eval_steps: 1, save_steps: 1, logging_steps: 1, eval_batch_size: 16}
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory with the file run.yaml."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(RUN)
+    return tmp_path
+
+
+def problems_of(capsys, *arguments):
+    """The problems for which a command ends before it does anything."""
+    assert cli.main([*arguments]) == 2
+    told = capsys.readouterr().err
+    lines = told[told.index(f"{cli.PROG} {arguments[0]}: ") :].splitlines()
+    number = len(lines) - 1
+    assert lines[0].endswith(f"{number} problem" + "s" * (number > 1))
+    return [line.removeprefix("  - ") for line in lines[1:]]
+
+
+def process(*arguments, **options):
+    """The command as a user starts it."""
+    command = [sys.executable, "-m", "idefics_qlora", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+@contextlib.contextmanager
+def started(arguments, **options):
+    """A process that is gone afterwards, whatever happens."""
+    with subprocess.Popen(arguments, text=True, **options) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def test_the_list_of_commands_is_there_at_once():
+    """`--help` imports nothing heavy, names all commands, and says how to complete."""
+    code = (
+        "import sys; from idefics_qlora.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert not {'torch', 'peft', 'transformers'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(re.search(rf"^    {name} +\w", done.stdout, re.MULTILINE) for name in cli.COMMANDS)
+    assert "--print_completion=shtab-bash" in done.stdout
+
+
+def test_the_entry_points_are_there():
+    """`idefics-qlora` is the function that `python -m idefics_qlora` calls; no command is 2."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    name, _, target = setup["options.entry_points"]["console_scripts"].strip().partition(" = ")
+    module, _, function = target.partition(":")
+    assert name == cli.PROG
+    assert getattr(import_module(module), function) is cli.main
+    done = process()
+    assert done.returncode == 2
+    assert "commands:" in done.stderr
+    assert process("trian").returncode == 2
+
+
+def test_shells_complete_every_setting(capsys):
+    """What is printed for bash is a script of bash with the commands' options."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--print_completion=shtab-bash"])
+    assert ended.value.code in (0, None)
+    script = capsys.readouterr().out
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    for name in ("--train.learning_rate", "--lora.use_dora", "--adapter", "--text-tokens"):
+        assert name in script
+
+
+def test_the_help_of_train_explains_every_field(capsys):
+    """Each setting stands there with the text that its dataclass has."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--help"])
+    assert ended.value.code in (0, None)
+    told = " ".join(capsys.readouterr().out.split())
+    for name, field in sections().items():
+        assert f"--{name} " in told
+        # Lines are broken at hyphens, too.
+        assert field.text.replace(" ", "")[:60] in told.replace(" ", ""), name
+
+
+def test_three_mistakes_are_three_problems(here, capsys):
+    """Keys and types of a file are told with their lines, all at once, with the way out."""
+    Path("bad.yaml").write_text(
+        "model: {base: tiny}\n"
+        "data: {train: tiny}\n"
+        "train:\n"
+        "  output_dir: run\n"
+        "  leraning_rate: 1e-3\n"
+        "  max_steps: many\n"
+        "  per_device_train_batch_size: 4\n"
+    )
+    assert problems_of(capsys, "train", "--config", "bad.yaml") == [
+        "bad.yaml, line 5: train.leraning_rate: did you mean train.learning_rate?",
+        "bad.yaml, line 6: train.max_steps='many': expected a whole number or null",
+        "bad.yaml, line 7: train.per_device_train_batch_size is called otherwise here: "
+        "micro_batch_size",
+    ]
+    assert not Path("run").exists()
+
+
+def test_keys_and_values_and_data_are_told_together(here, capsys):
+    """What the settings' own checks, the templates, the files and the base say comes with it."""
+    Path("rows.jsonl").write_text('{"image": "a.png", "text": "A."}\nno JSON\n')
+    Path("bad.yaml").write_text(
+        "model: {base: ./nowhere}\n"
+        "lora: {layers_pattern: layers, lora_alpa: 3}\n"
+        "data:\n"
+        "  train: rows.jsonl\n"
+        "  eval: hf:photos\n"
+        "  answer: '{text'\n"
+        "train:\n"
+        "  max_steps: 0\n"
+        "  save_steps: 30\n"
+        "  seed: 1\n"
+        "  seed: 2\n"
+        "max_steps: 3\n"
+    )
+    found = problems_of(capsys, "train", "--config", "bad.yaml", "--train.augmnt", "false")
+    expected = (
+        r"bad.yaml, line 12: max_steps: did you mean train.max_steps\?",
+        r"bad.yaml, line 2: lora.lora_alpa: did you mean lora.lora_alpha\?",
+        r"bad.yaml, line 11: train.seed stands here a second time: keep one",
+        r"command line: train.augmnt: did you mean train.augment\?",
+        r"train.output_dir is missing: expected .* in the file of --config or as --train.output_",
+        r"bad.yaml, line 8: train.max_steps=0: expected a whole number of at least 1",
+        r"bad.yaml, line 9: train.save_steps=30 is not a multiple of eval_steps=20",
+        r"lora: .*`layers_to_transform`",
+        r"bad.yaml, line 6: data.answer='\{text': expected '\}'",
+        r"bad.yaml, line 4: data.train='rows.jsonl': rows.jsonl, line 2: no JSON",
+        r"bad.yaml, line 5: data.eval='hf:photos': expected hf:NAME:SPLIT",
+        r"bad.yaml, line 1: model.base='./nowhere': there is no folder",
+    )
+    for pattern in expected:
+        assert any(re.match(pattern, problem) for problem in found), (pattern, found)
+    assert len(found) == len(expected), found
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("train: [1, 2]", "line 1: train is [1, 2]: expected settings, `name: value`"),
+        ("- a", "line 1: the file is ['a']: expected settings, `name: value`"),
+        ("train: {", "line 1: no YAML: "),
+        ("trian: {max_steps: 3}", "line 1: trian: did you mean train?"),
+        ("wombat: 1", "line 1: wombat: there is no such setting; there are model, lora, data, tra"),
+        ("lr: 1e-3", "line 1: lr is called otherwise here: learning_rate"),
+        ("model: {base: null}", "line 1: model.base=null: expected text"),
+    ],
+)
+def test_a_file_that_holds_something_else(here, capsys, text, problem):
+    """Whatever stands in the file, it is named with its line."""
+    Path("bad.yaml").write_text(text)
+    found = problems_of(capsys, "train", "--config", "bad.yaml", "--config", "gone.yaml")
+    assert any(line.startswith(f"bad.yaml, {problem}") for line in found), found
+    assert any(line.startswith("--config gone.yaml: No such file") for line in found)
+
+
+def test_numbers_are_numbers_and_the_command_line_wins(here, capsys):
+    """`8e-3`, which YAML 1.1 reads as text; and what is printed can be read again."""
+    arguments = ["train", "--config", "run.yaml", "--train.max_steps", "5"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments, "--train.lr_scheduler_kwargs.num_decay_steps", "3", "--print_config"])
+    assert ended.value.code in (0, None)
+    printed = capsys.readouterr().out
+    config = yaml.safe_load(printed)
+    assert config["train"]["learning_rate"] == 0.008
+    assert config["train"]["max_steps"] == 5
+    assert config["train"]["lr_scheduler_kwargs"] == {"num_decay_steps": 3}
+    assert config["lora"]["r"] == 8
+    assert config["data"]["access"]["allow_private_hosts"] is False
+    Path("again.yaml").write_text(printed)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", "again.yaml", "--print_config"])
+    assert capsys.readouterr().out == printed
+
+
+def test_what_train_finds_before_its_first_step_is_2(here, capsys):
+    """Rows and settings that do not go together are settings; a run folder in use, too."""
+    arguments = ["train", "--config", "run.yaml", "--train.load_best_model_at_end", "true"]
+    text = RUN.replace(", eval: tiny", "")
+    Path("run.yaml").write_text(text)
+    (problem,) = problems_of(capsys, *arguments)
+    assert "load_best_model_at_end=True needs eval_rows" in problem
+
+
+def test_train_evaluate_and_generate(here, capsys):
+    """A run by its file, its adapter evaluated, and pictures of every kind of source described."""
+    assert cli.main(["train", "--config", "run.yaml", "--train.max_steps", "1"]) == 0
+    *records, done, best = capsys.readouterr().out.splitlines()
+    assert [json.loads(record)["step"] for record in records] == [1, 1]
+    assert done == "1 steps; the checkpoints are in run"
+    assert best.startswith("the best adapter is in ")
+    lora = json.loads(Path("run/checkpoint-1/adapter_config.json").read_text())
+    assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"]) == (8, 16, 0.05)
+
+    run = ["--config", "run.yaml", "--adapter", "run"]
+    assert cli.main(["evaluate", *run, "--output", "metrics.json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert json.loads(Path("metrics.json").read_text()) == metrics
+    # Its precision is fp32, as the run's was, so the loss is that of the run to the rounding.
+    assert metrics["eval_loss"] == pytest.approx(json.loads(records[1])["eval_loss"], rel=1e-4)
+
+    Path("folder/deep").mkdir(parents=True)
+    Path("more").mkdir()
+    cards = iq.tiny.creature_cards(4, seed=3)
+    names = ["photo.png", "folder/deep/a.png", "more/b.png", "more/c.jpg"]
+    for card, name in zip(cards, names, strict=True):
+        card["image"].save(name)
+    Path("folder/metadata.csv").write_text("no picture")
+    Path("folder/broken.png").write_bytes(b"no picture")
+    few = ["--max_new_tokens", "5", "--batch_size", "2"]
+    pictures = ["photo.png", "folder", "more/*.png", "gone.png"]
+    assert cli.main(["generate", "--adapter", "run/checkpoint-1", *pictures, *few]) == 0
+    told = capsys.readouterr()
+    lines = [json.loads(line) for line in told.out.splitlines()]
+    assert [line["image"] for line in lines] == names[:3]
+    assert all(line.keys() == {"image", "text"} and line["text"] for line in lines)
+    assert "skipped: cannot open the image 'folder/broken.png'" in told.err
+    assert "skipped: cannot open the image 'gone.png'" in told.err
+    assert told.err.endswith("3 pictures described, 2 skipped\n")
+
+    out = ["--output", "out.csv"]
+    assert cli.main(["generate", "--adapter", "run", "more/*", *few, *out]) == 0
+    with Path("out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == names[2:]
+    assert rows[0]["text"] == lines[2]["text"]
+    capsys.readouterr()
+    found = problems_of(capsys, "generate", "--adapter", "gone", "more/*", *out, "--batch_size=0")
+    assert [problem.partition(": ")[2] for problem in found] == [
+        "adapter='gone': is no folder: expected a run's, or a checkpoint-N of it",
+        "batch_size=0: expected a whole number of at least 1",
+        "output='out.csv': is there already: choose another name, or delete it",
+    ]
+    assert cli.main(["generate", "--adapter", "run", "gone.png"]) == 1
+
+
+def test_rows_and_templates(here, capsys):
+    """A folder with metadata and the templates of the file make the examples; so does `hf:`."""
+    Path("photos").mkdir()
+    for card in iq.tiny.creature_cards(2, seed=0):
+        card["image"].save(f"photos/{card['id']}.png")
+    files = sorted(path.name for path in Path("photos").iterdir())
+    lines = [json.dumps({"file_name": name, "text": "A creature."}) for name in files]
+    Path("photos/metadata.jsonl").write_text("\n".join(lines))
+    command = ["preview", "--model.base", "tiny", "--data.answer", " {text}"]
+    command += ["--data.question", "What is it?", "--rows", "[1]"]
+    assert cli.main([*command, "--data.train", "photos"]) == 0
+    told = capsys.readouterr().out
+    assert "row 1: " in told
+    assert "▁creature" in told or "creature" in told
+    page = Path("preview.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "data:image/png;base64," in page
+    hf = ["--data.train", f"hf:{here / 'photos'}:train", "--output", "hf.html"]
+    assert cli.main([*command, *hf]) == 0
+    assert Path("hf.html").read_text().count("<img") == page.count("<img") == 1
+
+
+def test_memory(capsys):
+    """The command is that of the module, for the embedded base as well."""
+    assert cli.main(["memory", "tiny", "--text-tokens", "40"]) == 0
+    by_command = capsys.readouterr().out
+    import_module("idefics_qlora.model.memory").main([str(iq.tiny.BASE), "--text-tokens", "40"])
+    assert capsys.readouterr().out == by_command
+    (problem,) = problems_of(capsys, "memory", "./nowhere")
+    assert "there is no folder './nowhere'" in problem
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_with_its_signals_number(here):
+    """128 + n, after the step was finished and saved; started again it goes on."""
+    arguments = [sys.executable, "-m", "idefics_qlora", "train", "--config", "run.yaml"]
+    arguments += ["--train.max_steps", "5000", "--train.save_steps", "5000"]
+    arguments += ["--train.eval_steps", "5000"]
+    with started(arguments, stdout=subprocess.PIPE) as child:
+        assert json.loads(child.stdout.readline())["step"] == 1
+        child.send_signal(signal.SIGTERM)
+        out, _ = child.communicate(timeout=120)
+    assert child.returncode == 128 + signal.SIGTERM
+    step = int(re.search(r"stopped by SIGTERM after step (\d+)", out)[1])
+    assert iq.latest_checkpoint("run").name == f"checkpoint-{step}"
+
+
+@pytest.mark.slow
+def test_an_interrupted_generate_keeps_what_it_wrote(here):
+    """Each line is there when its batch is done; Ctrl-C ends with 130 and no traceback."""
+    Path("many").mkdir()
+    for number in range(400):
+        Image.new("RGB", (64, 64), (number % 256, 0, 0)).save(f"many/{number:03}.png")
+    arguments = [sys.executable, "-m", "idefics_qlora", "generate", "--model.base", "tiny", "many"]
+    arguments += ["--batch_size", "2"]
+    with started(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        first = child.stdout.readline()
+        child.send_signal(signal.SIGINT)
+        rest, told = child.communicate(timeout=120)
+    assert child.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in told
+    lines = [json.loads(line) for line in [first, *rest.splitlines()]]
+    assert len(lines) < 400
+    assert [line["image"] for line in lines] == [f"many/{n:03}.png" for n in range(len(lines))]
