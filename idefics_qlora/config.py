@@ -46,6 +46,8 @@ def check_whole(smallest: int = 1, /, **numbers: int) -> None:
 _STEPS = "every so many steps, if there are eval_rows"
 _RESUME = "resume='auto' (the default) goes on, 'never' refuses, a path goes back to it"
 _ALWAYS = "nothing to set: it is done always"
+_FUSED = "fast (the default)"
+_PUSH = "nothing to set: a checkpoint's folder is a peft adapter, to be uploaded as one"
 OTHER_NAMES = {
     "per_device_train_batch_size": "micro_batch_size",
     "per_gpu_train_batch_size": "micro_batch_size",
@@ -88,7 +90,25 @@ OTHER_NAMES = {
     "train_on_inputs": "loss_on='all'",
     "use_cpu": "load_model(..., device='cpu')",
     "no_cuda": "load_model(..., device='cpu')",
-    "push_to_hub": "nothing to set: a checkpoint's folder is a peft adapter, to be uploaded as one",
+    "push_to_hub": _PUSH,
+    "hub_model_id": _PUSH,
+    "run_name": "output_dir",
+    "activation_checkpointing_kwargs": "gradient_checkpointing, which is never reentrant",
+    "average_tokens_across_devices": _ALWAYS,
+    "bf16_full_eval": "precision, which holds in evaluations too",
+    "fp16_full_eval": "precision, which holds in evaluations too",
+    "dataloader_persistent_workers": _ALWAYS,
+    "dataloader_prefetch_factor": "nothing to set: windows are read ahead",
+    "dataloader_drop_last": "nothing to set: windows do not stop at the end of an epoch",
+    "eval_on_start": "call evaluate before train",
+    "ignore_data_skip": "nothing to set: a resume goes on with the next row, at once",
+    "full_determinism": "seed, from which everything follows",
+    "logging_nan_inf_filter": "nothing to set: a loss that is not finite is never hidden",
+    "save_only_model": "nothing to set: a checkpoint is whole, so that a resume is exact",
+    "train_sampling_strategy": _ALWAYS,
+    "length_column_name": _ALWAYS,
+    "torch_compile": _FUSED,
+    "use_liger_kernel": _FUSED,
 }
 """Arguments of other trainers, ``transformers.TrainingArguments`` first of all, and ours."""
 
