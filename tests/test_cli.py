@@ -5,6 +5,7 @@ import contextlib
 import csv
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -334,3 +335,33 @@ def test_an_interrupted_generate_keeps_what_it_wrote(here):
     lines = [json.loads(line) for line in [first, *rest.splitlines()]]
     assert len(lines) < 400
     assert [line["image"] for line in lines] == [f"many/{n:03}.png" for n in range(len(lines))]
+
+
+def test_a_reader_who_leaves_ends_generate_quietly(here):
+    """`generate ... | head -1` prints no traceback; the exit code is SIGPIPE's."""
+    for number in range(8):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(f"{number}.png")
+    arguments = [sys.executable, "-m", "idefics_qlora", "generate", "--model.base", "tiny"]
+    arguments += ["*.png", "--batch_size", "1", "--max_new_tokens", "3"]
+    with started(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.readline()
+        child.stdout.close()
+        told = child.stderr.read()
+        assert child.wait(timeout=120) == 128 + signal.SIGPIPE
+    assert "Traceback" not in told
+    assert "BrokenPipe" not in told
+
+
+def test_the_page_shows_commands_and_a_file_that_are_read(here):
+    """Each command's options exist and have values that fit, and so do the file's settings."""
+    page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    shown = [
+        shlex.split(line) for line in re.findall(rf"^    {cli.PROG} (.*)$", page, re.MULTILINE)
+    ]
+    assert [command for command, *_ in shown] == [*cli.COMMANDS]
+    (text,) = re.findall(r"```text\n(model: .*?)```", page, re.DOTALL)
+    Path("run.yaml").write_text(text)
+    for command, *arguments in shown:
+        namespace = cli.COMMANDS[command].parser().parse_args(arguments)
+        if "run.yaml" in arguments:
+            assert (namespace["train.learning_rate"], namespace["data.answer"]) == (8e-3, " {text}")
