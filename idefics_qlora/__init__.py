@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from idefics_qlora.model.memory import MemoryEstimate, estimate_memory
     from idefics_qlora.model.saved_base import save_quantized
     from idefics_qlora.training.diagnostics import DeadAdapters
+    from idefics_qlora.training.history import STOP
     from idefics_qlora.training.loop import train
     from idefics_qlora.training.result import TrainResult
     from idefics_qlora.training.window_pass import WindowTooLarge
@@ -59,6 +60,7 @@ _HOMES = {
     "model.memory": ("MemoryEstimate", "estimate_memory"),
     "model.saved_base": ("save_quantized",),
     "training.diagnostics": ("DeadAdapters",),
+    "training.history": ("STOP",),
     "training.loop": ("train",),
     "training.result": ("TrainResult",),
     "training.window_pass": ("WindowTooLarge",),
@@ -69,6 +71,7 @@ _MODULES = {"images": "images", "metrics": "evaluation.metrics", "tiny": "tiny"}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "STOP",
     "BadImage",
     "Captions",
     "CheckpointError",

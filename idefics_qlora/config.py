@@ -28,6 +28,7 @@ LossOn = Literal["completion", "all"]
 OnSaveError = Literal["raise", "continue"]
 OnBadRow = Literal["skip", "raise"]
 CacheImages = Literal["disk", "memory"]
+Progress = Literal["auto", "bar", "lines", "none"]
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -89,6 +90,7 @@ OTHER_NAMES = {
     "completion_only_loss": "loss_on='completion' (the default) or 'all'",
     "train_on_inputs": "loss_on='all'",
     "use_cpu": "load_model(..., device='cpu')",
+    "disable_tqdm": "progress='none'; or 'lines'",
     "no_cuda": "load_model(..., device='cpu')",
     "push_to_hub": _PUSH,
     "hub_model_id": _PUSH,
@@ -113,7 +115,7 @@ OTHER_NAMES = {
 """Arguments of other trainers, ``transformers.TrainingArguments`` first of all, and ours."""
 
 GROUPS = {
-    "run": ("output_dir", "seed"),
+    "run": ("output_dir", "seed", "progress"),
     "schedule": (
         *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type"),
         *("lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
@@ -295,9 +297,15 @@ class TrainConfig:
     seed: int = 42
     """Decides the order of the rows, their crops and the dropout masks."""
 
+    progress: Progress = "auto"
+    """What is seen of the run, on stderr: a ``bar`` below the table of its evaluations (in a
+    notebook a live table), ``lines``, one for each log record, or ``none``. ``auto``: the bar on a
+    terminal or in a notebook, lines elsewhere."""
+
     def _run_problems(self) -> Iterator[str]:
         yield from _no_path(self, "output_dir")
         yield from _not_whole(self, 0, "seed")
+        yield from _no_choice(self, progress=Progress)
 
     # --- schedule -----------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ def test_public_names():
         "LoaderError",
         "MemoryEstimate",
         "Preview",
+        "STOP",
         "TrainConfig",
         "TrainResult",
         "Turn",

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent.parent
 PICTURE = HERE / "docs" / "rooms.svg"
 
 FLOORS = (
-    ("config", "machine", "environment", "notices", "process", "durable", "checkpoint"),
+    ("config", "machine", "environment", "notices", "process", "durable", "checkpoint", "progress"),
     ("images",),
     ("families",),
     ("data",),

@@ -7,9 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
+from idefics_qlora.progress import RunProgress
 from idefics_qlora.training.result import Clock
 from idefics_qlora.training.saving import Saving
 from idefics_qlora.training.state import TrainState
+
+
+class _Stop:
+    """What ``on_log`` returns to end the run after this step, saved and to be continued."""
+
+    def __repr__(self) -> str:
+        return "STOP"
+
+
+STOP = _Stop()
 
 
 class History:
@@ -19,7 +30,8 @@ class History:
         state: Has the history, and how much of it has been told.
         clock: Knows how long the device waited for data.
         saving: Saves the step if ``on_log`` fails.
-        on_log: Called with every record.
+        progress: Shows every record.
+        on_log: Called with every record; it may return ``STOP``.
         epoch: Passes over the training rows so far.
     """
 
@@ -28,11 +40,13 @@ class History:
         state: TrainState,
         clock: Clock,
         saving: Saving,
-        on_log: Callable[[dict[str, Any]], None] | None,
+        progress: RunProgress,
+        on_log: Callable[[dict[str, Any]], Any] | None,
         epoch: Callable[[], float],
     ) -> None:
         self._state, self._clock, self._saving = state, clock, saving
-        self._on_log, self._epoch = on_log, epoch
+        self._progress, self._on_log, self._epoch = progress, on_log, epoch
+        self.stop_asked = False
 
     def log(self, record: dict[str, Any]) -> None:
         """Add a record to the history, with the epoch and the step, and hand it out."""
@@ -40,6 +54,7 @@ class History:
         if self._state.num_bad_rows:
             record["bad_rows"] = self._state.num_bad_rows
         self._state.log_history.append(record)
+        self._progress.record(record)
         self.hand_out()
 
     def hand_out(self) -> None:
@@ -51,14 +66,14 @@ class History:
         for record in state.log_history[state.num_told :]:
             if self._on_log is not None:
                 try:
-                    self._on_log(dict(record))
+                    self.stop_asked |= self._on_log(dict(record)) is STOP
                 except Exception:
                     self._saving.save_if_new()
                     raise
             state.num_told += 1
 
-    def log_training(self, grad_norm: Tensor, learning_rate: float) -> float:
-        """Log the mean loss since the last such record; returns it."""
+    def log_training(self, grad_norm: Tensor, learning_rate: float) -> None:
+        """Log the mean loss since the last such record."""
         state = self._state
         loss_sum = state.unlogged_loss.item()  # sync
         record = {
@@ -66,6 +81,7 @@ class History:
             "grad_norm": grad_norm.item(),
             "learning_rate": learning_rate,
             "data_wait_s": self._clock.data_wait(),
+            "examples_per_second": self._clock.rate(state.num_examples),
         }
         if state.scaler.is_enabled():
             record["loss_scale"] = state.scaler.get_scale()
@@ -74,7 +90,6 @@ class History:
         state.unlogged_loss.zero_()
         state.unlogged_steps = 0
         self.log(record)
-        return float(record["loss"])
 
     def evaluation_loss(self) -> float | None:
         """The ``eval_loss`` that has been logged for this step, if there is one."""

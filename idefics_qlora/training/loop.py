@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from tqdm import tqdm
 
 from idefics_qlora.checkpoint import resolved
 from idefics_qlora.config import TrainConfig
@@ -50,7 +49,7 @@ def train(
     *,
     config: TrainConfig,
     to_example: ToExample | None = None,
-    on_log: Callable[[dict[str, Any]], None] | None = None,
+    on_log: Callable[[dict[str, Any]], Any] | None = None,
     access: ImageAccess = DEFAULT_ACCESS,
 ) -> TrainResult:
     """Fine-tune the adapter of a model.
@@ -66,7 +65,8 @@ def train(
         config: The run's settings.
         to_example: Converts a row to an :class:`~idefics_qlora.Example`; not needed for rows that
             are examples already or have a known format.
-        on_log: Called with every log record.
+        on_log: Called with every log record. If it returns ``STOP``, the run ends after this step
+            as it does after a signal: saved, to be continued by another start.
         access: What may be opened as a picture, and at what cost: files, hosts, bytes, pixels.
 
     Returns:
@@ -90,16 +90,11 @@ def train(
     ):
         run = Run(inputs, folder, on_log, stop, background, cleanup)
         state = run.state
-        with (
-            run.windows() as windows,
-            tqdm(
-                total=state.total_steps, initial=state.global_step, unit="step", disable=None
-            ) as progress,
-        ):
+        with run.incoming.windows() as windows:
             if state.finished_step < state.global_step:  # the run broke off while it did this
                 finish_step(run)
-            while state.global_step < state.total_steps and stop.received is None:
-                window = run.next_window(windows)  # read ahead: data/order.py, workers.py
+            while state.global_step < state.total_steps and run.stopped_by is None:
+                window = run.incoming.next(windows)  # read ahead: data/order.py, workers.py
                 try:
                     output = train_step(state, window)
                 except Exception as error:
@@ -110,15 +105,14 @@ def train(
                     run.overflow.report(window)
                     continue
 
-                progress.update()
+                run.stepped()
                 if state.global_step == 1:
                     run.check_rate(output.loss, output.grad_norm)
                 last = state.global_step == state.total_steps
                 if last or due(state.global_step, config.logging_steps):
-                    loss = run.history.log_training(output.grad_norm, output.learning_rate)
-                    progress.set_postfix(loss=f"{loss:.3f}")
+                    run.history.log_training(output.grad_norm, output.learning_rate)
                 finish_step(run)
-            if stop.received is not None:
+            if run.stopped_by is not None:
                 run.saving.save_if_new()
         return run.result()
 

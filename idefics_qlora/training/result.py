@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from idefics_qlora.config import TrainConfig
 from idefics_qlora.families import family_of
 from idefics_qlora.training.state import TrainState
 
@@ -40,8 +42,26 @@ class TrainResult:
     """In fp16: ``loss_scale``, ``skipped_windows``, ``skips_in_a_row`` (at the end),
     ``first_nonfinite_module`` (``None`` if every forward pass was finite) and ``advice``."""
     stopped_by: str | None = None
-    """Name of the signal that stopped the run early, such as ``SIGTERM``; a script would then exit
-    with 128 + its number. The last checkpoint is the newest state."""
+    """What stopped the run early: the name of a signal, such as ``SIGTERM`` (a script would then
+    exit with 128 + its number), or ``on_log``. The last checkpoint is the newest state."""
+
+    def last_words(self, config: TrainConfig, total_steps: int) -> list[str]:
+        """Lines that say what the run came to, where it is, and how to use it or go on."""
+        seconds, speed = self.metrics["train_runtime"], self.metrics["train_samples_per_second"]
+        lines = [f"{self.global_step} steps in {seconds:.0f} s, {speed:.4g} examples/s"]
+        if self.stopped_by is not None:
+            lines = [
+                f"stopped by {self.stopped_by} after step {self.global_step} of {total_steps}: "
+                "started again, the run goes on"
+            ]
+        folder, best = str(config.output_dir), self.best_checkpoint
+        name = f"checkpoint-{self.global_step}" if best is None else best.name
+        which = "newest" if best is None else "best"
+        return [
+            *lines,
+            f"the {which} checkpoint is {os.path.join(folder, name)}",
+            f"use it with: model, processor = iq.load_finetuned({os.path.join(folder, name)!r})",
+        ]
 
 
 class Clock:
@@ -49,6 +69,8 @@ class Clock:
 
     def __init__(self, state: TrainState) -> None:
         self._start = time.perf_counter() - state.seconds
+        self._window_started: float | None = None
+        self._computed_s, self._counted = 0.0, state.num_examples
         self._waited = 0.0
         self._windows = 0
         self._judged_from: float | None = None
@@ -62,6 +84,8 @@ class Clock:
     def waiting(self) -> Iterator[None]:
         """Time spent in this block is time the device waits for data."""
         started = time.perf_counter()
+        if self._window_started is None:
+            self._window_started = started
         yield
         now = time.perf_counter()
         self._waited += now - started
@@ -70,6 +94,18 @@ class Clock:
             self._judged_from = now
         else:
             self._waited_since += now - started
+
+    def stepped(self) -> None:
+        """A step ends here: what follows, an evaluation or a save, is no time of training."""
+        if self._window_started is not None:
+            self._computed_s += time.perf_counter() - self._window_started
+            self._window_started = None
+
+    def rate(self, num_examples: int) -> float:
+        """Examples per second of training since the last call, of so many in all."""
+        rate = (num_examples - self._counted) / max(self._computed_s, 1e-9)
+        self._computed_s, self._counted = 0.0, num_examples
+        return rate
 
     def data_wait(self) -> float:
         """Mean seconds of waiting per window since the last call."""

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 FREE_FIELDS = frozenset(
     {
-        *("output_dir", "resume", "save_steps", "save_total_limit", "on_save_error"),
+        *("output_dir", "progress", "resume", "save_steps", "save_total_limit", "on_save_error"),
         *("eval_image_use", "eval_samples", "allow_dead_parts"),
         *("on_bad_row", "logging_steps", "eval_steps", "eval_batch_size", "load_best_model_at_end"),
         *("micro_batch_size", "gradient_checkpointing", "fast", "num_workers", "loader_timeout_s"),

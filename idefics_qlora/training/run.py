@@ -1,4 +1,4 @@
-"""What goes on around the loop: windows coming in, evaluations, failures, the result.
+"""What goes on around the loop: its parts made and resumed, evaluations, failures, the result.
 
 The loop itself is in ``loop.py``; a :class:`Run` does for it all that is no mathematics.
 """
@@ -18,10 +18,8 @@ from torch import Tensor
 
 from idefics_qlora.checkpoint import clear_leftovers
 from idefics_qlora.data.bad_rows import BadRows
-from idefics_qlora.data.order import StreamedWindows, Windows
-from idefics_qlora.data.pace import WAITING_SHARE, what_helps
 from idefics_qlora.data.windows import Window
-from idefics_qlora.data.workers import LoaderError, Loading
+from idefics_qlora.data.workers import Loading
 from idefics_qlora.families import family_of
 from idefics_qlora.model.adapters import trainable_parameters
 from idefics_qlora.model.execution import execution_of
@@ -31,10 +29,10 @@ from idefics_qlora.model.precision import (
     set_activation_checkpointing,
     set_compute_dtype,
 )
-from idefics_qlora.notices import advising, with_words
+from idefics_qlora.notices import advising
 from idefics_qlora.process import StopSignals
+from idefics_qlora.progress import showing_run
 from idefics_qlora.training.diagnostics import (
-    check_labels,
     too_small_a_rate,
     unmoved_modules,
     weight_marks,
@@ -43,10 +41,11 @@ from idefics_qlora.training.divergence import divergence
 from idefics_qlora.training.evaluations import Evaluations
 from idefics_qlora.training.flat import FlatAdamW
 from idefics_qlora.training.history import History
-from idefics_qlora.training.inputs import ROWS_CHECKED, Inputs, workers_of
+from idefics_qlora.training.incoming import Incoming
+from idefics_qlora.training.inputs import Inputs, workers_of
 from idefics_qlora.training.overflow import OverflowReports, fp16_ledger
 from idefics_qlora.training.parts import named_in_checkpoints
-from idefics_qlora.training.result import Clock, TrainResult, run_metrics
+from idefics_qlora.training.result import Clock, TrainResult, peak_memory_bytes, run_metrics
 from idefics_qlora.training.resume import resume, take_over
 from idefics_qlora.training.saving import Saving
 from idefics_qlora.training.state import TrainState
@@ -60,7 +59,7 @@ class Run:
     Args:
         inputs: As :func:`check_inputs` gave them.
         folder: ``output_dir``, resolved.
-        on_log: Called with every log record.
+        on_log: Called with every log record; it may return ``STOP``.
         stop: Knows whether a signal has asked the run to stop.
         background: Deletes old checkpoints.
         cleanup: When it is over, the model is an ordinary one again.
@@ -70,7 +69,7 @@ class Run:
         self,
         inputs: Inputs,
         folder: Path,
-        on_log: Callable[[dict[str, Any]], None] | None,
+        on_log: Callable[[dict[str, Any]], Any] | None,
         stop: StopSignals,
         background: Executor,
         cleanup: ExitStack,
@@ -117,97 +116,41 @@ class Run:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._first_step = self.state.global_step
+        memory = partial(peak_memory_bytes, device)
+        shown = showing_run(config.progress, inputs.total_steps, self._first_step, memory)
+        self.progress = cleanup.enter_context(shown)
         self._clock = Clock(self.state)
         self.saving = Saving(self.state, folder, self._clock, stop, background)
-        self.history = History(self.state, self._clock, self.saving, on_log, self.epoch)
+        shown_to = self.progress, on_log
+        self.history = History(self.state, self._clock, self.saving, *shown_to, self.epoch)
         self.overflow = OverflowReports(self.state, folder, self.saving)
-        self._bad_rows = BadRows(config.on_bad_row, folder / "bad_rows.jsonl")
-        self._num_workers = workers_of(inputs, device)
-        self._loading = partial(
+        bad_rows = BadRows(config.on_bad_row, folder / "bad_rows.jsonl")
+        num_workers = workers_of(inputs, device)
+        loading = partial(
             Loading,
-            num_workers=self._num_workers,
+            num_workers=num_workers,
             pin=device.type == "cuda",
             timeout_s=config.loader_timeout_s,
         )
-        options: dict[str, Any] = {
-            "seed": config.seed,
-            "global_batch_size": config.global_batch_size,
-            "augment": config.augment,
-        }
-        self._windows: Windows | StreamedWindows = (
-            StreamedWindows(inputs.reader, **options, position=self.state.position)
-            if inputs.reader.is_stream
-            else Windows(inputs.reader, **options)
-        )
+        around = inputs, self.state, self._clock, self.saving
+        self.incoming = Incoming(*around, loading, num_workers, bad_rows)
         self._evaluations = None
         if inputs.held_out is not None:
-            parts = folder, device, self._loading, self._bad_rows
-            self._evaluations = Evaluations(inputs, *parts)
+            self._evaluations = Evaluations(inputs, folder, device, loading, bad_rows)
         self._marks = weight_marks(self._trainable)
-        self._labels_checked = False
         model.train()
 
-    def windows(self) -> Loading[Window]:
-        """The windows from the state's next one on."""
-        return self._loading(self._windows, first=self.state.window)
+    @property
+    def stopped_by(self) -> str | None:
+        """What ends the run after this step: a signal's name, ``on_log``, or nothing."""
+        if self.stop.received is not None:
+            return self.stop.received.name
+        return "on_log" if self.history.stop_asked else None
 
-    def next_window(self, windows: Loading[Window]) -> Window:
-        """Wait for the next window; note its bad rows, and look at the labels of the first.
-
-        Raises:
-            LoaderError: If a loader worker is lost; the message names the rows it may have read.
-            MemoryError: If there is none left for a row; the message names it.
-            ValueError: If too many rows are bad, or labels are wrong.
-        """
-        state = self.state
-        try:
-            with self._clock.waiting():
-                window = next(windows)
-            self._bad_rows.note(window.bad)
-            num_bad = state.num_bad_rows + len(window.bad)
-            num_seen = state.num_seen + len(window.rows) + len(window.bad)
-            self._bad_rows.check_share(num_bad, num_seen, ROWS_CHECKED)
-        except ValueError:  # it names its row
-            self.saving.keep()
-            raise
-        except LoaderError as error:
-            self.saving.keep()
-            raise LoaderError(f"{error}{self._reading(error.items)}", error.items) from error
-        except Exception as error:
-            words = f"in window {windows.number}"
-            words += self._reading(range(windows.number, windows.number + 1))
-            if isinstance(error, MemoryError):
-                words += f"; free memory, or use fewer num_workers (now {self._num_workers})"
-            raise with_words(error, f"{words}; {self.saving.keep()}") from error
-        if not self._labels_checked:
-            logger.info("%s", check_labels(window, self.inputs.reader.collator))
-            self._labels_checked = True
-        self._note_long_row(window)
-        self._note_waiting()
-        return window
-
-    def _note_waiting(self) -> None:
-        share = self._clock.share_waited()
-        if share is not None and share > WAITING_SHARE:
-            helps = what_helps(
-                self._num_workers,
-                is_stream=self.inputs.reader.is_stream,
-                is_cached=self.config.cache_images is not None,
-                is_draft=self.inputs.reader.collator.access.draft,
-            )
-            self.notices.warn(
-                "training waits for data",
-                f"training waited for data {share:.0%} of the time before step "
-                f"{self.state.global_step + 1}: {helps}",
-            )
-
-    def _note_long_row(self, window: Window) -> None:
-        lengths = self.inputs.lengths
-        if lengths is None or window.batch is None:
-            return
-        name = f"{self.inputs.reader.name}[{window.batch_rows[0]}]"  # the window's longest
-        for kind, line in lengths.find(name, window.lengths[0], self.state.micro_batch_size):
-            self.notices.warn(kind, f"{name}: {line}")
+    def stepped(self) -> None:
+        """Another optimizer step is done."""
+        self._clock.stepped()
+        self.progress.step(self.state.global_step)
 
     def check_rate(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Tell of a learning rate with which nothing moves; asked after the first step."""
@@ -216,12 +159,6 @@ class Run:
         said = too_small_a_rate(*measured, numbers, self.config, self.state.total_steps)
         if said is not None:
             self.notices.warn("learning_rate too small", said)
-
-    def _reading(self, items: range) -> str:
-        if not isinstance(self._windows, Windows):
-            return ""
-        rows = sorted({row for window in items for _, row in self._windows.positions(window)})
-        return f"; it was reading one of the rows {rows}"
 
     def evaluate(self) -> float:
         """Log an evaluation, unless the step has one; returns its loss.
@@ -287,13 +224,14 @@ class Run:
         model.eval()
         if summary := str(self.notices):
             logger.warning("%s", summary)
-        stopped = None if finished else self.stop.received
-        return TrainResult(
+        result = TrainResult(
             global_step=state.global_step,
             training_loss=metrics["train_loss"],
             metrics=metrics,
             log_history=[*state.log_history, {**metrics, "step": state.global_step}],
             best_checkpoint=self.saving.best_checkpoint,
             fp16_ledger=fp16_ledger(state),
-            stopped_by=None if stopped is None else stopped.name,
+            stopped_by=None if finished else self.stopped_by,
         )
+        self.progress.tell(*result.last_words(self.config, state.total_steps))
+        return result
