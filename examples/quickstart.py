@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     train_rows = iq.tiny.creature_cards(NUM_TRAIN, seed=0)
     held_out = iq.tiny.creature_cards(NUM_VALIDATION + NUM_TEST, seed=1, split="held_out")
     validation, test = held_out[:NUM_VALIDATION], held_out[NUM_VALIDATION:]
-    print(f"{NUM_TRAIN} cards to learn from; {len(held_out)} others are held out.\n")
+    print(f"{NUM_TRAIN} cards to learn from; {len(held_out)} others are held out.\n", flush=True)
 
     before = captions(model, processor, test)
     show("What it says about cards it has never seen, before", test[:4], before[:4])
@@ -71,15 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
             seed=options.seed,
         ),
         to_example=pokemon_card_example,
-        on_log=Table(),
     )
     if result.stopped_by:
         print(f"\nStopped by {result.stopped_by} after step {result.global_step}.")
         return 128 + signal.Signals[result.stopped_by]
-    seconds = result.metrics["train_runtime"]
-    print(f"\n{result.global_step} steps of 16 cards in {seconds:.0f} s.")
-    print(f"The best adapter is in {result.best_checkpoint}.\n")
-
+    print()
     after = captions(model, processor, test)
     show("and after", test[:4], after[:4])
     # The cards' values are dealt evenly, so near neighbours differ more often than chance. Moved by
@@ -120,22 +116,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-class Table:
-    """Prints the training log as a table, a line for each evaluation."""
-
-    def __init__(self) -> None:
-        self.training_loss = float("nan")
-        print(f"{'Step':>6}{'Training loss':>16}{'Validation loss':>18}")
-
-    def __call__(self, record: dict[str, float]) -> None:
-        """Remember a training record, print an evaluation's."""
-        if "loss" in record:
-            self.training_loss = record["loss"]
-        else:
-            losses = f"{self.training_loss:16.4f}{record['eval_loss']:18.4f}"
-            print(f"{record['step']:6}{losses}", flush=True)
-
-
 def captions(model: Any, processor: Any, cards: list[dict[str, Any]]) -> list[str]:
     """What the model says about each card's picture."""
     prompts = [pokemon_card_example(card).prompt for card in cards]
@@ -148,7 +128,7 @@ def show(title: str, cards: list[dict[str, Any]], texts: list[str]) -> None:
     for card, text in zip(cards, texts, strict=True):
         print(f"  card:  {pokemon_card_example(card).completion.strip()}")
         print(f"  model: {text.strip()}")
-    print()
+    print(flush=True)
 
 
 def accuracy(cards: list[dict[str, Any]], texts: list[str]) -> dict[str, float]:

@@ -95,6 +95,7 @@ def test_a_pipe_gets_a_line_for_each_record(tmp_path):
     assert any(line.startswith("the best checkpoint is ") for line in seen)
 
 
+@pytest.mark.slow
 def test_bars_can_be_had_in_a_pipe_and_lines_on_a_terminal(tmp_path):
     """``bar`` and ``lines`` hold wherever stderr leads."""
     done = script(tmp_path / "a", "bar", stderr=subprocess.PIPE)

@@ -540,14 +540,14 @@ MUTANTS = (
     _m(
         "signals do not stop a run",
         "training/loop.py",
-        "while state.global_step < state.total_steps and stop.received is None:",
+        "while state.global_step < state.total_steps and run.stopped_by is None:",
         "while state.global_step < state.total_steps:",
         "test_process.py::test_a_signal_saves_and_returns",
     ),
     _m(
         "a stopped run is not saved",
         "training/loop.py",
-        "            if stop.received is not None:\n                run.saving.save_if_new()\n",
+        "            if run.stopped_by is not None:\n                run.saving.save_if_new()\n",
         "",
         "test_process.py::test_a_signal_saves_and_returns",
     ),
