@@ -10,13 +10,13 @@ import contextlib
 import csv
 import glob
 import json
+import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -226,42 +226,61 @@ def _generate(arguments: list[str]) -> int:
     sources = list(_sources(told.pictures))
     told.raise_problems()
 
-    from idefics_qlora.evaluation.generation import generate
+    from idefics_qlora.evaluation.generation import generate_iter
+    from idefics_qlora.images.opening import open_image
     from idefics_qlora.settings import wrong
+
+    def asked(source: str) -> Any:
+        return [open_image(source, told.access), question]
 
     with wrong():
         model, processor = told.model()
-    bad: list[str] = []
-    size, written = told.values["batch_size"], 0
+    texts = generate_iter(
+        model,
+        processor,
+        sources,
+        to_example=asked,
+        max_new_tokens=told.values["max_new_tokens"],
+        batch_size=told.values["batch_size"],
+        on_bad_row="skip",
+        access=told.access,
+    )
+    written = 0
     as_csv = (told.values["format"] or Path(output or "").suffix.removeprefix(".")) == "csv"
     with contextlib.ExitStack() as stack:
         file: Any = sys.stdout
         if output:
             file = stack.enter_context(open(output, "x", encoding="utf-8", newline=""))
+        stack.enter_context(_warnings_on_stderr())  # such as why a picture was left out
         table = csv.writer(file, lineterminator="\n") if as_csv else None
         if table:
             table.writerow(["image", "text"])
-        pictures = _opened(sources, told.access, bad)
-        while part := list(islice(pictures, size)):
-            texts = generate(
-                model,
-                processor,
-                [[picture, question] for _, picture in part],
-                max_new_tokens=told.values["max_new_tokens"],
-                batch_size=size,
-                access=told.access,
-            )
-            for (source, _), text in zip(part, texts, strict=True):
-                if table:
-                    table.writerow([source, text.strip()])
-                else:
-                    line = json.dumps({"image": source, "text": text.strip()}, ensure_ascii=False)
-                    file.write(f"{line}\n")
-                file.flush()  # an interruption keeps what is there
-                written += 1
-    if bad:
-        print(f"{written} pictures described, {len(bad)} skipped", file=sys.stderr)
+        for source, text in zip(sources, texts, strict=True):
+            if text is None:
+                continue
+            if table:
+                table.writerow([source, text.strip()])
+            else:
+                line = json.dumps({"image": source, "text": text.strip()}, ensure_ascii=False)
+                file.write(f"{line}\n")
+            file.flush()  # an interruption keeps what is there
+            written += 1
+    if written < len(sources):
+        skipped = len(sources) - written
+        print(f"{written} pictures described, {skipped} left out", file=sys.stderr)
     return DONE if written else FAILED
+
+
+@contextlib.contextmanager
+def _warnings_on_stderr() -> Iterator[None]:
+    """Show the library's warnings, also where something has set up logging without them."""
+    logger, handler = logging.getLogger("idefics_qlora"), logging.lastResort
+    assert handler is not None
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _sources(named: Sequence[str]) -> Iterator[str]:
@@ -280,19 +299,6 @@ def _sources(named: Sequence[str]) -> Iterator[str]:
         else:
             found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
             yield from found or [name]  # what is not there is told when it is opened
-
-
-def _opened(sources: Sequence[str], access: Any, bad: list[str]) -> Iterator[tuple[str, Any]]:
-    """Each picture that can be opened, with its name; the others are told and noted."""
-    from idefics_qlora.images.access import BadImage
-    from idefics_qlora.images.opening import open_image
-
-    for source in sources:
-        try:
-            yield source, open_image(source, access)
-        except BadImage as error:
-            print(f"skipped: {error}", file=sys.stderr, flush=True)
-            bad.append(source)
 
 
 # --- what there is --------------------------------------------------------------------------------

@@ -251,9 +251,9 @@ def test_train_evaluate_and_generate(here, capsys):
     lines = [json.loads(line) for line in told.out.splitlines()]
     assert [line["image"] for line in lines] == names[:3]
     assert all(line.keys() == {"image", "text"} and line["text"] for line in lines)
-    assert "skipped: cannot open the image 'folder/broken.png'" in told.err
-    assert "skipped: cannot open the image 'gone.png'" in told.err
-    assert told.err.endswith("3 pictures described, 2 skipped\n")
+    assert "cannot open the image 'folder/broken.png'" in told.err
+    assert "cannot open the image 'gone.png'" in told.err
+    assert told.err.endswith("3 pictures described, 2 left out\n")
 
     out = ["--output", "out.csv"]
     assert cli.main(["generate", "--adapter", "run", "more/*", *few, *out]) == 0
