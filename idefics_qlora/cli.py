@@ -10,7 +10,6 @@ import contextlib
 import csv
 import glob
 import json
-import logging
 import os
 import signal
 import sys
@@ -228,6 +227,7 @@ def _generate(arguments: list[str]) -> int:
 
     from idefics_qlora.evaluation.generation import generate_iter
     from idefics_qlora.images.opening import open_image
+    from idefics_qlora.notices import warnings_on_stderr
     from idefics_qlora.settings import wrong
 
     def asked(source: str) -> Any:
@@ -251,7 +251,7 @@ def _generate(arguments: list[str]) -> int:
         file: Any = sys.stdout
         if output:
             file = stack.enter_context(open(output, "x", encoding="utf-8", newline=""))
-        stack.enter_context(_warnings_on_stderr())  # such as why a picture was left out
+        stack.enter_context(warnings_on_stderr())  # such as why a picture was left out
         table = csv.writer(file, lineterminator="\n") if as_csv else None
         if table:
             table.writerow(["image", "text"])
@@ -269,18 +269,6 @@ def _generate(arguments: list[str]) -> int:
         skipped = len(sources) - written
         print(f"{written} pictures described, {skipped} left out", file=sys.stderr)
     return DONE if written else FAILED
-
-
-@contextlib.contextmanager
-def _warnings_on_stderr() -> Iterator[None]:
-    """Show the library's warnings, also where something has set up logging without them."""
-    logger, handler = logging.getLogger("idefics_qlora"), logging.lastResort
-    assert handler is not None
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _sources(named: Sequence[str]) -> Iterator[str]:

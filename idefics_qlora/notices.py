@@ -76,3 +76,15 @@ def advising(
             f"{what} does not fit into the memory: {f'lower {lower}' if lower else otherwise}, or "
             "free the GPU from other processes"
         ) from error
+
+
+@contextlib.contextmanager
+def warnings_on_stderr() -> Iterator[None]:
+    """Show the library's warnings, also where something has set up logging without them."""
+    logger, handler = logging.getLogger("idefics_qlora"), logging.lastResort
+    assert handler is not None
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
