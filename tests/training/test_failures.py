@@ -231,7 +231,7 @@ def test_what_to_lower_is_said_outside_of_runs(base, processor, examples):
 
     base.register_forward_pre_hook(too_large)
     prompts = [example.prompt for example in examples[:2]]
-    both = r"lower batch_size \(now 8\) or max_new_tokens \(now 50\), or free the GPU"
+    both = r"lower batch_size \(now 2\) or max_new_tokens \(now 50\), or free the GPU"
     with pytest.raises(torch.OutOfMemoryError, match=both):
         iq.generate(base, processor, prompts)
     with pytest.raises(torch.OutOfMemoryError, match=r"memory: lower max_new_tokens \(now 50\)"):
@@ -240,5 +240,5 @@ def test_what_to_lower_is_said_outside_of_runs(base, processor, examples):
         iq.evaluate(base, processor, examples[:4])
     with pytest.raises(torch.OutOfMemoryError, match=r"shorten the longest examples"):
         iq.evaluate(base, processor, examples[:4], batch_size=1)
-    with pytest.raises(torch.OutOfMemoryError, match=r"lower batch_size \(now 8\), or free"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"lower batch_size \(now 2\), or free"):
         iq.image_use(base, processor, examples[:4])
