@@ -37,6 +37,7 @@ from idefics_qlora.durable import (
     tensor_parts,
     tensors_in,
     write_synced,
+    write_whole,
 )
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,9 @@ RNG = "rng.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
 FORMAT = "idefics_qlora-1"
+BEST = "best"
+LAST = "last"
+"""Files that name a checkpoint."""
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _LEFTOVER = re.compile(r"\.((?:checkpoint|failed-window)-[0-9]+)\.(incomplete|replaced|deleted)")
 
@@ -261,8 +265,8 @@ def load_adapter_files(
     for name in (ADAPTER, ADAPTER_CONFIG):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name} is missing: expected a checkpoint-N folder of a training run, or "
-                "a folder with an adapter of peft"
+                f"{folder / name} is missing: expected a run's output_dir, a checkpoint-N folder "
+                "of it, or a folder with an adapter of peft"
             )
     if (folder / MANIFEST).is_file():
         snapshot = load_checkpoint(folder)
@@ -316,6 +320,41 @@ def latest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
         else:
             return folder
     return None
+
+
+def point_to(output_dir: Path, best: int | None, last: int) -> None:
+    """Write ``best`` and ``last``, files of one line that name checkpoints.
+
+    A link would do the same, but not every file system and no object store has links.
+
+    Args:
+        output_dir: The run's folder.
+        best: Step of the best checkpoint.
+        last: Step of the newest. Of a checkpoint that is not there (any more) there is no file.
+    """
+    for name, step in ((BEST, best), (LAST, last)):
+        checkpoint = None if step is None else checkpoint_path(output_dir, step)
+        if checkpoint is not None and checkpoint.is_dir():
+            write_whole(output_dir / name, f"{checkpoint.name}\n".encode())
+        else:
+            (output_dir / name).unlink(missing_ok=True)
+
+
+def best_checkpoint(output_dir: Path, newest: Path) -> Path | None:
+    """The checkpoint that a run's ``best`` names, or without it its newest one; if it is whole."""
+    name: Any = None
+    try:
+        if (output_dir / BEST).exists():
+            name = read_whole(output_dir / BEST).decode().strip()
+        else:  # 0.1 had no such file
+            name = json_mapping(newest / STATE, read_whole(newest / STATE))["best_checkpoint"]
+        if not isinstance(name, str) or step_of(name) is None:
+            return None
+        check_step(output_dir / name, load_checkpoint(output_dir / name).state)
+    except (CheckpointError, UnicodeDecodeError, KeyError) as error:
+        logger.warning("passed over: %s", error)
+        return None
+    return output_dir / name
 
 
 def rotate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -163,6 +164,23 @@ def write_synced(path: Path, parts: Iterable[Part]) -> None:
         file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Give a file a content, all of it or none; one that has it already is left as it is."""
+    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary.unlink(missing_ok=True)  # left behind by a killed process
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == content:
+            return
+    try:
+        write_synced(temporary, [content])
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:

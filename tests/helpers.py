@@ -29,6 +29,8 @@ def config_of(folder, **changes):
     return iq.TrainConfig(**{**settings, **changes})
 
 
+RUN_FILES = {"config.yaml", "environment.json", "log.jsonl", "last", "result.json"}
+"""What each run that has come to its end writes beside its checkpoints."""
 CLOCKS = ("seconds", "data_wait_s", "runtime", "per_second")
 """Ends of the names of what is measured, and differs between two equal runs."""
 PLACES = ("output_dir", "resume", "num_workers")

@@ -14,6 +14,7 @@ LoRA matrices                                         fp32
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -32,7 +33,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from idefics_qlora.checkpoint import ADAPTER, ADAPTER_CONFIG, load_adapter_files
+from idefics_qlora.checkpoint import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    best_checkpoint,
+    latest_checkpoint,
+    load_adapter_files,
+)
 from idefics_qlora.config import check_choice
 from idefics_qlora.durable import CheckpointError
 from idefics_qlora.families import family_of_config
@@ -49,6 +56,8 @@ from idefics_qlora.model.base_weights import (
 from idefics_qlora.model.cpu import prepare_for_cpu
 from idefics_qlora.model.precision import set_compute_dtype
 from idefics_qlora.model.saved_base import Origin, is_hub_id, is_packed, no_manifest, verify_base
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -169,7 +178,9 @@ def load_finetuned(
     """Load a base model together with an adapter that was trained on it.
 
     Args:
-        checkpoint: A ``checkpoint-N`` folder (or any folder with ``peft``'s two adapter files).
+        checkpoint: A run's ``output_dir``, of which the best checkpoint is taken, or, with a
+            warning, the newest if none is known to be the best; a ``checkpoint-N`` folder; or any
+            folder with ``peft``'s two adapter files.
         base: Hub id or folder of the base, if it is no longer where the adapter says.
         trainable: Whether the adapter shall be trained further.
         **load_options: Passed on to :func:`load_model`.
@@ -182,7 +193,7 @@ def load_finetuned(
         CheckpointError: If a file is truncated or altered (a ``ValueError``).
         ValueError: If the adapter's tensors do not fit the base, or it was trained on another one.
     """
-    folder = Path(checkpoint).expanduser()
+    folder = _adapter_folder(Path(checkpoint).expanduser())
     # Read on the CPU, before the base takes the GPU's memory.
     tensors, values, state = load_adapter_files(folder)
     try:
@@ -215,6 +226,20 @@ def load_finetuned(
         peft_model.active_peft_config.revision = revision
     load_adapter(peft_model, tensors, str(folder / ADAPTER))
     return peft_model.eval(), processor
+
+
+def _adapter_folder(folder: Path) -> Path:
+    """The folder itself, or of a run's the best checkpoint, or the newest."""
+    if (folder / ADAPTER).is_file() or (newest := latest_checkpoint(folder)) is None:
+        return folder
+    if (best := best_checkpoint(folder, newest)) is not None:
+        logger.info("%s: the best checkpoint is %s", folder, best.name)
+        return best
+    logger.warning(
+        "%s has no checkpoint that is known to be the best: this is the newest, %s",
+        *(folder, newest.name),
+    )
+    return newest
 
 
 def load_config(

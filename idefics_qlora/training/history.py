@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from idefics_qlora.progress import RunProgress
 from idefics_qlora.training.result import Clock
 from idefics_qlora.training.saving import Saving
 from idefics_qlora.training.state import TrainState
+
+
+class Listener(Protocol):
+    """What is told of log records."""
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """There is a new one."""
 
 
 class _Stop:
@@ -30,7 +36,7 @@ class History:
         state: Has the history, and how much of it has been told.
         clock: Knows how long the device waited for data.
         saving: Saves the step if ``on_log`` fails.
-        progress: Shows every record.
+        listeners: Have every record as soon as it is there.
         on_log: Called with every record; it may return ``STOP``.
         epoch: Passes over the training rows so far.
     """
@@ -40,12 +46,12 @@ class History:
         state: TrainState,
         clock: Clock,
         saving: Saving,
-        progress: RunProgress,
+        listeners: Sequence[Listener],
         on_log: Callable[[dict[str, Any]], Any] | None,
         epoch: Callable[[], float],
     ) -> None:
         self._state, self._clock, self._saving = state, clock, saving
-        self._progress, self._on_log, self._epoch = progress, on_log, epoch
+        self._listeners, self._on_log, self._epoch = listeners, on_log, epoch
         self.stop_asked = False
 
     def log(self, record: dict[str, Any]) -> None:
@@ -54,7 +60,8 @@ class History:
         if self._state.num_bad_rows:
             record["bad_rows"] = self._state.num_bad_rows
         self._state.log_history.append(record)
-        self._progress.record(record)
+        for listener in self._listeners:
+            listener.record(record)
         self.hand_out()
 
     def hand_out(self) -> None:

@@ -60,7 +60,7 @@ class TrainResult:
         return [
             *lines,
             f"the {which} checkpoint is {os.path.join(folder, name)}",
-            f"use it with: model, processor = iq.load_finetuned({os.path.join(folder, name)!r})",
+            f"use it with: model, processor = iq.load_finetuned({folder!r})",
         ]
 
 

@@ -47,6 +47,7 @@ from idefics_qlora.training.overflow import OverflowReports, fp16_ledger
 from idefics_qlora.training.parts import named_in_checkpoints
 from idefics_qlora.training.result import Clock, TrainResult, peak_memory_bytes, run_metrics
 from idefics_qlora.training.resume import resume, take_over
+from idefics_qlora.training.run_files import RunFiles
 from idefics_qlora.training.saving import Saving
 from idefics_qlora.training.state import TrainState
 
@@ -121,8 +122,9 @@ class Run:
         self.progress = cleanup.enter_context(shown)
         self._clock = Clock(self.state)
         self.saving = Saving(self.state, folder, self._clock, stop, background)
-        shown_to = self.progress, on_log
-        self.history = History(self.state, self._clock, self.saving, *shown_to, self.epoch)
+        self._files = RunFiles(folder, self.state)
+        told = (self.progress, self._files), on_log
+        self.history = History(self.state, self._clock, self.saving, *told, self.epoch)
         self.overflow = OverflowReports(self.state, folder, self.saving)
         bad_rows = BadRows(config.on_bad_row, folder / "bad_rows.jsonl")
         num_workers = workers_of(inputs, device)
@@ -233,5 +235,6 @@ class Run:
             fp16_ledger=fp16_ledger(state),
             stopped_by=None if finished else self.stopped_by,
         )
+        self._files.end(result)
         self.progress.tell(*result.last_words(self.config, state.total_steps))
         return result

@@ -16,6 +16,7 @@ from idefics_qlora.checkpoint import (
     checkpoint_path,
     is_of_run,
     load_checkpoint,
+    point_to,
     rotate,
     save_checkpoint,
 )
@@ -90,9 +91,16 @@ class Saving:
             logger.error("%s; training goes on and tries again later", message)
         else:
             self.saved_step, self._saved_records = state.global_step, self._records()
+            self._point()
             protected = {state.global_step, state.best_step}
             keep = self._config.save_total_limit
             rotate(self._folder, keep, protected, state.run, self._background)
+
+    def _point(self) -> None:
+        try:
+            point_to(self._folder, self._state.best_step, self._state.global_step)
+        except OSError as error:
+            logger.warning("%s has old `best` and `last`: %s", self._folder, error)
 
     def save_if_new(self) -> None:
         """Save, unless the last step is saved already: the windows since then are only replayed."""

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import same, tensors_of
+from helpers import RUN_FILES, same, tensors_of, without_clocks
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
@@ -59,6 +59,12 @@ class Victim:
     def report(self, run: str) -> dict:
         return json.loads((self.folder / f"{run}.json").read_text())
 
+    def records(self, run: str) -> list[dict]:
+        """The records in a run's log."""
+        file = self.folder / run / "log.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines]
+
     def end(self, run: str) -> dict:
         """The tensors of a run's last checkpoint."""
         return tensors_of(self.folder / run / f"checkpoint-{SETTINGS['max_steps']}")
@@ -90,12 +96,14 @@ def test_killed_again_and_again(victim, pytestconfig):
             else:
                 order = {"kill_after_s": rng.uniform(0.2, 2.0)}
             code = victim.train(run, **order, config={"num_workers": int(rng.random() < 0.2)})
+            victim.records(run)  # each line is whole
             kills += code == -signal.SIGKILL
         assert code in (0, -signal.SIGKILL), victim.log(run)
         assert victim.train(run) == 0, victim.log(run)
         assert same(victim.end(run), victim.end("whole"))
         assert "passed over" not in victim.log(run)
         assert "was altered" not in victim.log(run)
+        assert without_clocks(victim.records(run)) == without_clocks(victim.records("whole"))
         left = sorted(path.name for path in (victim.folder / run).iterdir())
         assert left == sorted(path.name for path in (victim.folder / "whole").iterdir())
         runs += 1
@@ -114,8 +122,12 @@ def test_each_file_operation_of_a_save(victim, pytestconfig):
         newest = iq.latest_checkpoint(victim.folder / run)
         assert newest is not None
         assert load_checkpoint(newest).state["global_step"] in (2, 3)
+        for pointer in ("best", "last"):  # a save before it names the one, after it the other
+            named = (victim.folder / run / pointer).read_text().strip()
+            load_checkpoint(victim.folder / run / named)
         assert victim.train(run) == 0, victim.log(run)
         assert same(victim.end(run), victim.end("whole"))
+        assert without_clocks(victim.records(run)) == without_clocks(victim.records("whole"))
 
 
 @pytest.mark.slow
@@ -156,8 +168,8 @@ def test_a_full_disk_need_not_stop_the_run(victim):
     code = victim.train("continue", disk_full=full, config=config)
     assert code == 0, victim.log("continue")
     assert victim.log("continue").count("training goes on and tries again later") == 2
-    saved = sorted(path.name for path in (victim.folder / "continue").iterdir())
-    assert saved == [f"checkpoint-{step}" for step in (1, 2, 5, 6)]
+    saved = {path.name for path in (victim.folder / "continue").iterdir()}
+    assert saved == {*(f"checkpoint-{step}" for step in (1, 2, 5, 6)), *RUN_FILES, "best"}
     assert same(victim.end("continue"), victim.end("whole"))
 
 
@@ -168,7 +180,8 @@ def test_a_write_that_breaks_off(victim):
     assert "cannot be written" in victim.log("short")
     assert "allow larger files" in victim.log("short")
     assert "make room" not in victim.log("short")
-    assert [path.name for path in (victim.folder / "short").iterdir()] == []
+    there = {path.name for path in (victim.folder / "short").iterdir()}
+    assert there == {"config.yaml", "environment.json", "log.jsonl"}
     assert victim.train("short") == 0
     assert same(victim.end("short"), victim.end("whole"))
 

@@ -1,0 +1,140 @@
+"""Files by which a run's folder explains itself, to people and to programs without this library.
+
+========================  =====================================================================
+``config.yaml``           the settings: base, adapter, training
+``environment.json``      the machine and the versions of libraries
+``log.jsonl``             every log record, one a line, without samples
+``samples.jsonl``         what the model said of the samples, a line for each at each evaluation
+``best``, ``last``        one line that names a checkpoint (``checkpoint.py``)
+``result.json``           what the run came to; not there while it has not ended
+========================  =====================================================================
+
+None of them is read by training. What cannot be written is told once, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import LoraConfig
+
+from idefics_qlora.checkpoint import point_to
+from idefics_qlora.config import TrainConfig
+from idefics_qlora.durable import json_bytes, write_whole
+from idefics_qlora.machine import environment
+from idefics_qlora.model.adapters import adapter_config
+from idefics_qlora.training.result import TrainResult
+from idefics_qlora.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+LOG, SAMPLES, RESULT = "log.jsonl", "samples.jsonl", "result.json"
+_OF_PEFT = {
+    *("peft_type", "auto_mapping", "task_type", "inference_mode", "peft_version"),
+    *("base_model_name_or_path", "revision"),
+}
+"""What peft writes into an adapter's configuration by itself."""
+
+
+class RunFiles:
+    """Writes a run's files; made when the run is at its beginning or has been resumed.
+
+    The log is brought to the state's history: what a killed process wrote after the checkpoint is
+    cut, what it did not come to write is added.
+
+    Args:
+        folder: ``output_dir``, resolved.
+        state: Has the history.
+    """
+
+    def __init__(self, folder: Path, state: TrainState) -> None:
+        self._folder = folder
+        self._is_told: set[str] = set()
+        logged, said = b"", b""
+        for record in state.log_history:
+            line, samples = _lines(record)
+            logged += line
+            said += samples
+        self._write("config.yaml", config_yaml(state).encode())
+        self._write("environment.json", json_bytes(environment()))
+        self._write(LOG, logged)
+        if said or (folder / SAMPLES).exists():
+            self._write(SAMPLES, said)
+        with self._telling("best"):
+            point_to(folder, state.best_step, state.global_step)
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Append a record; one that follows a result says that the run goes on."""
+        line, samples = _lines(record)
+        with self._telling(RESULT):
+            (self._folder / RESULT).unlink(missing_ok=True)
+        for name, content in ((LOG, line), (SAMPLES, samples)):
+            if content:
+                with self._telling(name), (self._folder / name).open("ab", buffering=0) as file:
+                    file.write(content)  # at once, in one piece
+
+    def end(self, result: TrainResult) -> None:
+        """Write what the run came to, unless it had ended before and nothing was done."""
+        if (self._folder / RESULT).exists():
+            return
+        values = asdict(result)
+        del values["log_history"]
+        best = result.best_checkpoint
+        values["best_checkpoint"] = None if best is None else best.name
+        self._write(RESULT, json_bytes(values))
+
+    def _write(self, name: str, content: bytes) -> None:
+        with self._telling(name):
+            write_whole(self._folder / name, content)
+
+    @contextlib.contextmanager
+    def _telling(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if name not in self._is_told:
+                logger.warning(
+                    "%s cannot be written (%s): training goes on; the checkpoints have it all",
+                    *(self._folder / name, error),
+                )
+            self._is_told.add(name)
+
+
+def config_yaml(state: TrainState) -> str:
+    """The settings of a run, in the sections of a configuration file of the command line.
+
+    Of the adapter's there are those that differ from ``peft``'s defaults.
+    """
+    config: TrainConfig = state.config
+    adapter = adapter_config(state.model)
+    plain = json.loads(json.dumps(LoraConfig().to_dict(), default=sorted))
+    base = {"base": adapter.get("base_model_name_or_path"), "revision": adapter.get("revision")}
+    sections = {
+        "model": {name: value for name, value in base.items() if value is not None},
+        "lora": {
+            name: value
+            for name, value in adapter.items()
+            if name not in _OF_PEFT and value != plain.get(name)
+        },
+        "train": json.loads(json.dumps(config.to_json())),
+    }
+    return str(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
+
+
+def _lines(record: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    """A record's line in the log, and those of its samples."""
+    logged = {name: value for name, value in record.items() if name != "eval_samples"}
+    step = {"step": record["step"]}
+    samples = [{**step, **sample} for sample in record.get("eval_samples", ())]
+    return _json_lines([logged]), _json_lines(samples)
+
+
+def _json_lines(values: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode()
