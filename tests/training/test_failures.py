@@ -240,5 +240,5 @@ def test_what_to_lower_is_said_outside_of_runs(base, processor, examples):
         iq.evaluate(base, processor, examples[:4])
     with pytest.raises(torch.OutOfMemoryError, match=r"shorten the longest examples"):
         iq.evaluate(base, processor, examples[:4], batch_size=1)
-    with pytest.raises(torch.OutOfMemoryError, match=r"lower batch_size \(now 2\), or free"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"lower batch_size \(now 8\), or free"):
         iq.image_use(base, processor, examples[:4])
