@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         ),
         to_example=pokemon_card_example,
     )
-    if result.stopped_by:
+    if result.stopped_by:  # a signal
         print(f"\nStopped by {result.stopped_by} after step {result.global_step}.")
         return 128 + signal.Signals[result.stopped_by]
     print()

@@ -77,14 +77,15 @@ _INSIDE = {
 }
 """Keys of some of its objects."""
 _MAY_HAVE = {
-    **{"run": str, "finished_step": int, "num_told": int, "draft": bool},
-    "diverged": (str, NoneType),
+    **{"run": str, "finished_step": int, "num_told": int, "judged_from": int},
+    **{"diverged": (str, NoneType), "draft": bool},
     "too_large": list,
 }
 """What that of 0.1 does not have."""
 _COUNTS = (
     *("global_step", "window", "skipped_windows", "skips_in_a_row", "unlogged_steps"),
     *("num_examples", "num_images", "num_tokens", "num_bad_rows", "finished_step", "num_told"),
+    "judged_from",
 )
 """What cannot be negative."""
 
@@ -206,7 +207,8 @@ def _check_counts(file: Path, state: dict[str, Any]) -> None:
     faults = [f"{name}={state[name]}" for name in _COUNTS if state.get(name, 0) < 0]
     if state["micro_batch_size"] < 1:
         faults.append(f"micro_batch_size={state['micro_batch_size']}")
-    most = {"finished_step": state["global_step"], "num_told": len(state["log_history"])}
+    records = len(state["log_history"])
+    most = {"finished_step": state["global_step"], "num_told": records, "judged_from": records}
     faults += [f"{name}={state[name]}" for name in most if state.get(name, 0) > most[name]]
     if faults:
         raise CheckpointError(f"{file} cannot be used: it has {', '.join(faults)}")

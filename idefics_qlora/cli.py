@@ -120,7 +120,7 @@ def _train(arguments: list[str]) -> int:
             with wrong():
                 raise
         raise
-    if result.stopped_by is not None:
+    if result.stopped_by not in (None, "early_stopping"):
         print(f"stopped by {result.stopped_by} after step {result.global_step}; start it again")
         return 128 + signal.Signals[result.stopped_by]
     print(f"{result.global_step} steps; the checkpoints are in {config.output_dir}")

@@ -85,8 +85,9 @@ OTHER_NAMES = {
     "remove_unused_columns": "nothing to set: to_example gets the whole row",
     "resume_from_checkpoint": f"resume: {_RESUME}",
     "overwrite_output_dir": f"resume: {_RESUME}",
-    "metric_for_best_model": "nothing to set: the best has the lowest eval_loss",
-    "greater_is_better": "nothing to set: the best has the lowest eval_loss",
+    "compute_metrics": "train(..., metrics={...})",
+    "predict_with_generate": "train(..., metrics={...})",
+    "generation_max_length": "eval_max_new_tokens",
     "completion_only_loss": "loss_on='completion' (the default) or 'all'",
     "train_on_inputs": "loss_on='all'",
     "use_cpu": "load_model(..., device='cpu')",
@@ -125,8 +126,13 @@ GROUPS = {
     "precision": ("precision", "optim"),
     "evaluation": (
         *("logging_steps", "eval_steps", "eval_batch_size", "eval_image_use", "eval_samples"),
+        *("eval_generate_rows", "eval_max_new_tokens", "eval_predictions"),
     ),
-    "checkpoints": ("save_steps", "save_total_limit", "load_best_model_at_end", "resume"),
+    "checkpoints": (
+        *("save_steps", "save_total_limit", "load_best_model_at_end"),
+        *("metric_for_best_model", "greater_is_better"),
+        *("early_stopping_patience", "early_stopping_threshold", "resume"),
+    ),
     "data": ("loss_on", "max_length", "augment", "num_workers", "cache_images"),
     "faults": ("on_bad_row", "on_save_error", "loader_timeout_s", "allow_dead_parts"),
 }
@@ -453,9 +459,20 @@ class TrainConfig:
     eval_samples: int = 0
     """Evaluation rows to caption at every evaluation, always the same; kept in the log history."""
 
+    eval_generate_rows: int = 64
+    """The first so many evaluation rows are answered for ``metrics`` and ``eval_predictions``."""
+
+    eval_max_new_tokens: int = 50
+    """Tokens at most of such an answer."""
+
+    eval_predictions: bool = False
+    """Write these answers to ``predictions.jsonl`` in ``output_dir``: for each evaluation and row a
+    line of JSON with ``step``, the number ``row``, the ``prediction`` and the ``references``."""
+
     def _evaluation_problems(self) -> Iterator[str]:
         yield from _not_whole(self, 1, "logging_steps", "eval_steps", "eval_batch_size")
-        yield from _no_flag(self, "eval_image_use")
+        yield from _not_whole(self, 1, "eval_generate_rows", "eval_max_new_tokens")
+        yield from _no_flag(self, "eval_image_use", "eval_predictions")
         yield from _not_whole(self, 0, "eval_samples")
 
     # --- checkpoints --------------------------------------------------------------------------
@@ -467,7 +484,22 @@ class TrainConfig:
     """Checkpoints to keep; the best and the newest are kept whatever the limit. ``None``: all."""
 
     load_best_model_at_end: bool = True
-    """After training, load the adapter of the checkpoint with the lowest ``eval_loss``."""
+    """After training, load the adapter of the checkpoint whose evaluation was the best."""
+
+    metric_for_best_model: str = "eval_loss"
+    """The recorded number by which evaluations are compared, such as ``eval_cider`` where
+    ``metrics`` has a ``cider``."""
+
+    greater_is_better: bool | None = None
+    """Whether more of it is better. ``None``: as is known of ``eval_loss``, of the gain that
+    ``eval_image_use`` records, and of the functions of ``iq.metrics``. Of others it must be set."""
+
+    early_stopping_patience: int | None = None
+    """End the run, as if it were complete, after so many evaluations in a row without a gain.
+    ``None``: never."""
+
+    early_stopping_threshold: float = 0.0
+    """A gain is to be better by more than this than the evaluation with the last gain."""
 
     resume: str | os.PathLike[str] = "auto"
     """``auto``: continue from the newest complete checkpoint of ``output_dir``, if there is one.
@@ -477,6 +509,20 @@ class TrainConfig:
         yield from _not_whole(self, 1, "save_steps")
         yield from _not_whole(self, 1, "save_total_limit", optional=True)
         yield from _no_flag(self, "load_best_model_at_end")
+        if not isinstance(self.metric_for_best_model, str) or not self.metric_for_best_model:
+            yield (
+                f"metric_for_best_model={self.metric_for_best_model!r}: expected the name of a "
+                "recorded number, such as 'eval_loss'"
+            )
+        if self.greater_is_better is not None:
+            yield from _no_flag(self, "greater_is_better")
+        yield from _not_whole(self, 1, "early_stopping_patience", optional=True)
+        yield from _no_number(self, "early_stopping_threshold", zero=True)
+        if self.early_stopping_patience is None and self.early_stopping_threshold != 0:
+            yield (
+                f"early_stopping_threshold={self.early_stopping_threshold!r} has no effect without "
+                "early_stopping_patience: set both"
+            )
         yield from _no_path(self, "resume")
         sane = _is_whole(self.save_steps, 1) and _is_whole(self.eval_steps, 1)
         if sane and self.load_best_model_at_end is True and self.save_steps % self.eval_steps:

@@ -31,7 +31,7 @@ def config_of(folder, **changes):
 
 RUN_FILES = {"config.yaml", "environment.json", "log.jsonl", "last", "result.json"}
 """What each run that has come to its end writes beside its checkpoints."""
-CLOCKS = ("seconds", "data_wait_s", "runtime", "per_second")
+CLOCKS = ("seconds", "data_wait_s", "generate_s", "runtime", "per_second")
 """Ends of the names of what is measured, and differs between two equal runs."""
 PLACES = ("output_dir", "resume", "num_workers")
 """Settings of a process, not of a run."""

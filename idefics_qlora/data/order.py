@@ -128,12 +128,19 @@ class StreamedWindows(IterableDataset[Window]):
 
 
 class EvalBatches(Dataset[Window]):
-    """The rows in order, ``batch_size`` at a time, images as the base preprocesses them."""
+    """The rows in order, ``batch_size`` at a time, images as the base preprocesses them.
 
-    def __init__(self, reader: RowReader, batch_size: int) -> None:
+    Args:
+        reader: The rows, which have numbers.
+        batch_size: Rows in one batch.
+        num_asked: The first rows, which are there as questions as well.
+    """
+
+    def __init__(self, reader: RowReader, batch_size: int, num_asked: int = 0) -> None:
         reader.need_length()
         self.reader = reader
         self.batch_size = batch_size
+        self.num_asked = num_asked
 
     def __len__(self) -> int:
         return -(-len(self.reader) // self.batch_size)
@@ -141,4 +148,5 @@ class EvalBatches(Dataset[Window]):
     def __getitem__(self, index: int) -> Window:
         first = index * self.batch_size
         last = min(first + self.batch_size, len(self.reader))
-        return self.reader.window((row, ..., None) for row in range(first, last))
+        rows = ((row, ..., None) for row in range(first, last))
+        return self.reader.window(rows, asked=range(self.num_asked))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from itertools import islice
 from numbers import Integral
 from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
@@ -15,11 +15,11 @@ from torch import Tensor
 from idefics_qlora.data.bad_rows import BadRow
 from idefics_qlora.data.batches import Collator, Tokens
 from idefics_qlora.data.captions import Captions, pokemon_card_example
-from idefics_qlora.data.example import Example, PromptItem, ToExample, naming_row
+from idefics_qlora.data.example import Example, PromptItem, ToExample, naming_row, prompt_images
 from idefics_qlora.data.fingerprints import Fingerprint, hash_given, hash_tensors, mark_origins
 from idefics_qlora.data.formats import as_example, prompt_of
 from idefics_qlora.data.frames import FrameRows
-from idefics_qlora.data.windows import Window
+from idefics_qlora.data.windows import Question, Window
 from idefics_qlora.images.access import BadImage, ImageAccess
 
 
@@ -139,7 +139,10 @@ class RowReader:
             return tokens, pixels
 
     def window(
-        self, rows: Iterable[tuple[int, Any, int | None]], position: dict[str, Any] | None = None
+        self,
+        rows: Iterable[tuple[int, Any, int | None]],
+        position: dict[str, Any] | None = None,
+        asked: Container[int] = (),
     ) -> Window:
         """Some rows, the longest first.
 
@@ -147,7 +150,9 @@ class RowReader:
             rows: For each its number, the row itself (``...`` to have it looked up), and the seed
                 of its crops.
             position: Where a stream is after them.
+            asked: Numbers of the rows that shall be there as questions as well.
         """
+        questions: list[Question] = []
         numbers: list[int] = []
         read: list[tuple[int, Tokens, list[Tensor]]] = []
         bad: list[BadRow] = []
@@ -158,6 +163,8 @@ class RowReader:
             else:
                 numbers.append(number)
                 read.append((number, *one[1:]))
+                if number in asked:
+                    questions.append(self._question(number, one[0], one[2]))
         read.sort(key=lambda item: len(item[1].ids), reverse=True)  # stable
         batch = None
         if read:
@@ -172,7 +179,15 @@ class RowReader:
             num_targets=0 if batch is None else batch.num_targets,
             bad=tuple(bad),
             position=position,
+            questions=tuple(questions),
         )
+
+    def _question(self, number: int, example: Example, pixels: list[Tensor]) -> Question:
+        (tokens,) = self.collator.prompt_tokens([example.prompt])
+        if len(pixels) < len(prompt_images(example.prompt)):  # `max_length` cut a dialogue
+            pixels = self.collator.pixels(example.prompt)
+        right = example.references or (example.completion,)
+        return Question(number, tokens, pixels, tuple(text.strip() for text in right))
 
     def first_rows(
         self, order: Iterable[int], number: int, looking: Callable[[int, Any], Look] | None = None

@@ -10,9 +10,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from idefics_qlora.data.bad_rows import BadRow
-from idefics_qlora.data.batches import Batch
+from idefics_qlora.data.batches import Batch, Tokens
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row as generation needs it: without its answer, and with all answers that are right."""
+
+    row: int
+    tokens: Tokens
+    pixels: list[Tensor]
+    """Its images, (3, S, S) uint8."""
+    references: tuple[str, ...]
+    """The example's, or its completion; without white space at the ends."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,8 @@ class Window:
     """Rows that were left out: the window is smaller by them, nothing takes their place."""
     position: dict[str, Any] | None = None
     """Where a stream of rows is after this window, as JSON values."""
+    questions: tuple[Question, ...] = ()
+    """In an evaluation, the rows of which the model is asked what it says, in order."""
 
     def micro_batches(self, size: int) -> list[Batch]:
         """The window in parts of ``size`` examples, each cut to its own longest example.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +17,9 @@ from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.order import EvalBatches
 from idefics_qlora.data.rows import RowReader, Rows
-from idefics_qlora.data.windows import Window
+from idefics_qlora.data.windows import Question, Window
 from idefics_qlora.data.workers import Loading
+from idefics_qlora.evaluation.predictions import Answers, Metric, metric_problems
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Model, Processor, check_model_and_processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
@@ -35,11 +40,14 @@ def evaluate(
     batch_size: int = 2,
     loss_on: LossOn = "completion",
     max_length: int | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    max_new_tokens: int = 50,
+    predictions_file: str | os.PathLike[str] | None = None,
     on_bad_row: OnBadRow = "skip",
     num_workers: int = 0,
     access: ImageAccess = DEFAULT_ACCESS,
 ) -> dict[str, Any]:
-    """Loss of a model on held-out rows.
+    """Loss of a model on held-out rows, and how good its answers are.
 
     The mode of every module (training or evaluation) is restored, and no random number is drawn,
     so an evaluation does not change what training does next.
@@ -52,6 +60,10 @@ def evaluate(
         batch_size: Examples in one forward pass.
         loss_on: Which text tokens are targets.
         max_length: Text tokens of an example at most, as in :class:`~idefics_qlora.TrainConfig`.
+        metrics: Functions by name, as in ``train``, over the answers to all rows.
+        max_new_tokens: Tokens at most per answer.
+        predictions_file: Receives a line of JSON for each row, with its number ``row``, the
+            ``prediction`` and the ``references``; overwritten.
         on_bad_row: What to do with a row that cannot be read: ``skip`` or ``raise``.
         num_workers: Processes that load batches ahead.
         access: As in ``train``.
@@ -59,12 +71,14 @@ def evaluate(
     Returns:
         ``eval_loss`` (cross-entropy per target token over all rows together, in nats),
         ``eval_runtime`` (s), ``eval_samples_per_second`` and ``eval_steps_per_second`` (batches);
-        ``eval_bad_rows`` if any rows were left out.
+        ``eval_bad_rows`` if any rows were left out. With ``metrics`` or a ``predictions_file`` also
+        ``eval_<name>`` of each metric, ``eval_<name>_<key>`` of one that gives a dictionary, and
+        ``eval_generate_s`` (s), which ``eval_runtime`` does not contain.
 
     Raises:
-        TypeError: If model and processor are swapped.
+        TypeError: If model and processor are swapped, or a metric gives no number.
         ValueError: If there are no rows, or a row is bad and ``on_bad_row`` says so, or more than
-            5 % are.
+            5 % are. If a metric cannot be one, or gives a number that is not finite.
         torch.OutOfMemoryError: If the GPU's memory does not suffice; the message says what to
             lower.
     """
@@ -72,18 +86,44 @@ def evaluate(
     collator = Collator(
         processor, loss_on, family_of(model).num_embeddings(model), max_length, access
     )
-    check_whole(batch_size=batch_size)
-    batches = EvalBatches(RowReader(rows, "rows", to_example, collator), batch_size)
+    check_whole(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    if problems := list(metric_problems(metrics or {})):
+        raise ValueError("\n".join(problems))
+    reader = RowReader(rows, "rows", to_example, collator)
+    reader.need_length()
+    asks = bool(metrics) or predictions_file is not None
+    batches = EvalBatches(reader, batch_size, num_asked=len(reader) if asks else 0)
     device = next(model.parameters()).device
     loading = Loading(batches, num_workers=num_workers, pin=device.type == "cuda")
-    with advising("the evaluation", batch_size=batch_size):
-        return mean_loss(model, loading, device, BadRows(on_bad_row))
+    sizes: dict[str, Any] = {"batch_size": batch_size} | (
+        {"max_new_tokens": max_new_tokens} if asks else {}
+    )
+    with (
+        nullcontext() if predictions_file is None else Path(predictions_file).open("w") as file,
+        advising("the evaluation", **sizes),
+    ):
+        answers = Answers(model, collator, max_new_tokens, file)
+        record = mean_loss(model, loading, device, BadRows(on_bad_row), answers.ask)
+        answers.finish()
+    return record | (answers.scores(metrics or {}) if asks else {})
 
 
 def mean_loss(
-    model: Model, loading: Loading[Window], device: torch.device, bad_rows: BadRows
+    model: Model,
+    loading: Loading[Window],
+    device: torch.device,
+    bad_rows: BadRows,
+    ask: Callable[[Sequence[Question]], None],
 ) -> dict[str, Any]:
-    """Loss per target token over all windows together; otherwise as :func:`evaluate`."""
+    """Loss per target token over all windows together; otherwise as :func:`evaluate`.
+
+    Args:
+        model: As there.
+        loading: The windows.
+        device: The model's.
+        bad_rows: Takes down the rows that cannot be used.
+        ask: Given the questions of each window; its time is not counted.
+    """
     started = time.perf_counter()
     num_batches = num_examples = num_targets = num_bad = 0
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -99,6 +139,12 @@ def mean_loss(
             batch = window.batch.to(device)
             logits = model(**batch.inputs(), use_cache=False).logits
             total += summed_cross_entropy(logits, batch.labels)
+            del logits, batch  # before there are others
+            if window.questions:
+                total.item()  # sync
+                asked = time.perf_counter()
+                ask(window.questions)
+                started += time.perf_counter() - asked
     bad_rows.check_share(num_bad, num_bad + num_examples, FEW_ROWS if num_examples else 0)
     loss = total.item() / num_targets  # sync
     seconds = time.perf_counter() - started

@@ -7,6 +7,10 @@ Every function takes the predictions and, for each, one reference or several::
 
 and raises ``ValueError`` if the numbers do not match or there is nothing to score. None of them
 knows of models: the predictions are what :func:`~idefics_qlora.generate` returned.
+
+They can be given to ``train`` and ``evaluate`` as they are; :func:`field_match` with its fields::
+
+    metrics={"cider": cider_d, "right": functools.partial(field_match, fields=my_fields)}
 """
 
 from __future__ import annotations
@@ -164,6 +168,10 @@ def anls(predictions: Sequence[str], references: References) -> float:
         wrong = [_share_of_edits(text, _folded(known)) for known in several]
         scores.append(max(1 - share if share < ANLS_THRESHOLD else 0.0 for share in wrong))
     return sum(scores) / len(scores)
+
+
+GREATER_IS_BETTER = (exact_match, field_match, bleu, chrf, cider_d, vqa_accuracy, anls)
+"""The metrics of which more is better."""
 
 
 # --- normalisation of the VQA challenge ----------------------------------------------------------

@@ -14,6 +14,7 @@ from idefics_qlora.data.rows import RowReader
 from idefics_qlora.data.workers import Loading
 from idefics_qlora.evaluation.held_out import mean_loss
 from idefics_qlora.evaluation.image_use import image_use
+from idefics_qlora.evaluation.predictions import Answers, keep_answers
 from idefics_qlora.evaluation.samples import EvalSamples
 from idefics_qlora.training.inputs import ROWS_CHECKED, Inputs
 
@@ -21,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 class Evaluations:
-    """The loss of the held-out rows, whether the model looks, and what it says of some rows.
+    """The loss of the held-out rows, metrics, whether the model looks, and what it says of some.
 
     Args:
         inputs: Those of the run, with held-out rows.
-        folder: ``output_dir``, resolved: samples go there.
+        folder: ``output_dir``, resolved: samples and predictions go there.
         device: The model's.
         loading: Loads batches as the run's settings say.
         bad_rows: Takes down the rows that cannot be used.
@@ -41,15 +42,30 @@ class Evaluations:
     ) -> None:
         assert inputs.held_out is not None
         self._inputs, self._held_out, self._device = inputs, inputs.held_out, device
+        self._folder = folder
         self._loading, self._bad_rows = loading, bad_rows
         self._samples = None
         if num := inputs.config.eval_samples:
             self._samples = EvalSamples(self._held_out.reader, num, folder)
 
-    def record(self) -> dict[str, Any]:
-        """Everything that an evaluation tells, ``eval_loss`` first."""
+    def sizes(self) -> dict[str, Any]:
+        """The settings that decide how much memory an evaluation takes."""
+        config = self._inputs.config
+        sizes: dict[str, Any] = {"eval_batch_size": config.eval_batch_size}
+        asks = self._held_out.num_asked > 0
+        return sizes | ({"eval_max_new_tokens": config.eval_max_new_tokens} if asks else {})
+
+    def record(self, step: int) -> dict[str, Any]:
+        """Everything that an evaluation after a step tells, ``eval_loss`` first."""
         config, model = self._inputs.config, self._inputs.model
-        record = mean_loss(model, self._loading(self._held_out), self._device, self._bad_rows)
+        answers = Answers(model, self._held_out.reader.collator, config.eval_max_new_tokens)
+        loading = self._loading(self._held_out)
+        record = mean_loss(model, loading, self._device, self._bad_rows, answers.ask)
+        answers.finish()
+        if config.eval_predictions:
+            keep_answers(self._folder / "predictions.jsonl", step, answers.lines)
+        if self._held_out.num_asked:
+            record |= answers.scores(self._inputs.metrics, f"after step {step}")
         if config.eval_image_use:
             record |= self._image_use(self._held_out.reader)
         if self._samples is not None:

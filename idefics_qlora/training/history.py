@@ -98,11 +98,11 @@ class History:
         state.unlogged_steps = 0
         self.log(record)
 
-    def evaluation_loss(self) -> float | None:
-        """The ``eval_loss`` that has been logged for this step, if there is one."""
+    def evaluation(self) -> dict[str, Any] | None:
+        """The evaluation that has been logged for this step, if there is one."""
         for record in reversed(self._state.log_history):
             if record["step"] != self._state.global_step:
                 break
             if "eval_loss" in record:
-                return float(record["eval_loss"])
+                return record
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from idefics_qlora.data.first_rows import FirstRows, Lengths, tell_same_rows
 from idefics_qlora.data.order import EvalBatches, epoch_order
 from idefics_qlora.data.pace import Reading, chosen_workers
 from idefics_qlora.data.rows import RowReader, Rows
+from idefics_qlora.evaluation.predictions import Metric, metric_problems
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Processor, check_model_and_processor
 from idefics_qlora.images.access import ImageAccess
@@ -26,6 +27,7 @@ from idefics_qlora.images.kept import kept_pictures
 from idefics_qlora.model.adapters import check_trainable
 from idefics_qlora.model.base import base_fingerprint
 from idefics_qlora.notices import Notices
+from idefics_qlora.training.best import Criterion, criterion_of, criterion_problems
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,10 @@ class Inputs:
     """What lengths of training rows are usual."""
     reading: Reading | None
     """What a training row takes to be read."""
+    metrics: Mapping[str, Metric]
+    """What scores the answers to held-out rows."""
+    criterion: Criterion
+    """How evaluations are compared."""
 
 
 def check_inputs(
@@ -61,6 +67,7 @@ def check_inputs(
     config: TrainConfig,
     to_example: ToExample | None,
     access: ImageAccess,
+    metrics: Mapping[str, Metric],
 ) -> Inputs:
     """See that rows, model and settings go together, and read the first rows.
 
@@ -69,12 +76,8 @@ def check_inputs(
         ValueError: If they do not; the message names the row or the field.
     """
     check_model_and_processor(model, processor)
-    if eval_rows is None and config.load_best_model_at_end:
-        raise ValueError(
-            f"load_best_model_at_end=True needs eval_rows to find the best checkpoint (every "
-            f"eval_steps={config.eval_steps} steps), but there are none: pass eval_rows, or set "
-            "load_best_model_at_end=False"
-        )
+    if problems := list(_evaluation_problems(config, metrics, eval_rows is not None)):
+        raise ValueError("\n".join(problems))
     check_trainable(model)
     family = family_of(model)
     if unknown := sorted(set(config.allow_dead_parts) - set(family.parts)):
@@ -102,7 +105,8 @@ def check_inputs(
     held_out = eval_seen = None
     if eval_rows is not None:
         eval_reader = RowReader(eval_rows, "eval_rows", to_example, collator)
-        held_out = EvalBatches(eval_reader, config.eval_batch_size)
+        num_asked = config.eval_generate_rows if metrics or config.eval_predictions else 0
+        held_out = EvalBatches(eval_reader, config.eval_batch_size, num_asked)
         origin["eval_rows"], eval_seen = _first_rows(eval_reader, config, notices)
     tell_same_rows(train_seen, eval_seen, notices)
     _tell_decoded(train_seen, config, access, notices)
@@ -117,7 +121,35 @@ def check_inputs(
         notices=notices,
         lengths=train_seen.lengths,
         reading=train_seen.reading(),
+        metrics=metrics,
+        criterion=criterion_of(config, metrics),
     )
+
+
+def _evaluation_problems(
+    config: TrainConfig, metrics: Mapping[str, Metric], has_rows: bool
+) -> Iterator[str]:
+    """What is asked of evaluations that they cannot give."""
+    if problems := list(metric_problems(metrics)):
+        yield from problems
+        return
+    if has_rows:
+        yield from criterion_problems(config, metrics)
+        return
+    if config.load_best_model_at_end:
+        yield (
+            f"load_best_model_at_end=True needs eval_rows to find the best checkpoint (every "
+            f"eval_steps={config.eval_steps} steps), but there are none: pass eval_rows, or set "
+            "load_best_model_at_end=False"
+        )
+    wanted = {
+        f"metrics ({', '.join(metrics)})": metrics,
+        f"early_stopping_patience={config.early_stopping_patience}": config.early_stopping_patience,
+        "eval_predictions=True": config.eval_predictions,
+    }
+    for what, is_wanted in wanted.items():
+        if is_wanted:
+            yield f"{what} without eval_rows: there are no evaluations; pass eval_rows, or no such"
 
 
 def _tell_decoded(

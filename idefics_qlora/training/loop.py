@@ -7,7 +7,7 @@ marks where the CPU waits for the GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from idefics_qlora.config import TrainConfig
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.rows import Rows
 from idefics_qlora.data.windows import Window
+from idefics_qlora.evaluation.predictions import Metric
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
@@ -49,6 +50,7 @@ def train(
     *,
     config: TrainConfig,
     to_example: ToExample | None = None,
+    metrics: Mapping[str, Metric] | None = None,
     on_log: Callable[[dict[str, Any]], Any] | None = None,
     access: ImageAccess = DEFAULT_ACCESS,
 ) -> TrainResult:
@@ -61,10 +63,16 @@ def train(
             parts are cast to ``config.precision``.
         processor: The base's processor.
         train_rows: Rows to learn from: a list, a ``datasets.Dataset`` or any sequence.
-        eval_rows: Held-out rows for the evaluation loss.
+        eval_rows: Held-out rows for the evaluation loss and the metrics.
         config: The run's settings.
         to_example: Converts a row to an :class:`~idefics_qlora.Example`; not needed for rows that
             are examples already or have a known format.
+        metrics: Functions by name, called in every evaluation with what the model says of the
+            first ``eval_generate_rows`` held-out rows and, for each, the right answers (the
+            example's ``references``, or its completion), both without white space at the ends:
+            ``(predictions: list[str], references: list[list[str]]) -> float``, recorded as
+            ``eval_<name>``, or a dictionary, recorded as ``eval_<name>_<key>``. Those of
+            ``iq.metrics`` can be given as they are.
         on_log: Called with every log record. If it returns ``STOP``, the run ends after this step
             as it does after a signal: saved, to be continued by another start.
         access: What may be opened as a picture, and at what cost: files, hosts, bytes, pixels.
@@ -74,11 +82,13 @@ def train(
 
     Raises:
         ValueError: If rows, model and settings do not go together; raised before training starts,
-            and names the row or the field.
+            and names the row or the field. If a metric gives a number that is not finite.
         FloatingPointError: If 25 windows in a row overflow in fp16, or a gradient is not finite in
             bf16 or fp32.
     """
-    inputs = check_inputs(model, processor, train_rows, eval_rows, config, to_example, access)
+    inputs = check_inputs(
+        model, processor, train_rows, eval_rows, config, to_example, access, metrics or {}
+    )
     folder = resolved(config.output_dir)
     with (
         RunLock(folder),
@@ -126,13 +136,13 @@ def finish_step(run: Run) -> None:
     state, config = run.state, run.config
     last = state.global_step == state.total_steps
     run.history.hand_out()
-    eval_loss = None
+    evaluation = None
     has_eval_rows = run.inputs.held_out is not None
     if has_eval_rows and (last or due(state.global_step, config.eval_steps)):
-        eval_loss = run.evaluate()
+        evaluation = run.evaluate()
     state.finished_step = state.global_step
-    if last or due(state.global_step, config.save_steps):
-        run.saving.save(eval_loss)
+    if state.is_over or due(state.global_step, config.save_steps):
+        run.saving.save(evaluation)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,10 @@ class Counters:
     """Sum of the losses of all logged steps."""
     unlogged_steps: int = 0
     best_metric: float | None = None
+    """What the evaluation of the best checkpoint gave of the metric that decides."""
+    judged_from: int = 0
+    """Records of the history that are left out where evaluations are compared: they are of other
+    rows, or of other answers."""
     log_history: list[dict[str, Any]] = field(default_factory=list)
     first_nonfinite_module: str | None = None
     """Where the first overflow was, if in a forward pass."""

@@ -33,23 +33,27 @@ class TrainResult:
     ``train_tokens_per_second`` (text tokens), ``train_loss``, ``epoch``, ``total_flos``,
     ``skipped_windows``, ``bad_rows`` (left out of windows, each time counted),
     ``micro_batch_size`` (at the end), all over the whole run, and
-    ``peak_memory_bytes`` (of the GPU, or of the process on a CPU)."""
+    ``peak_memory_bytes`` (of the GPU, or of the process on a CPU); and every number ``eval_...`` of
+    the last evaluation, or of the best one if its adapter was loaded."""
     log_history: list[dict[str, Any]]
     """Every log record, in order."""
     best_checkpoint: Path | None
-    """The checkpoint with the lowest ``eval_loss``."""
+    """The checkpoint whose evaluation was the best, by ``metric_for_best_model``."""
     fp16_ledger: dict[str, Any] | None = None
     """In fp16: ``loss_scale``, ``skipped_windows``, ``skips_in_a_row`` (at the end),
     ``first_nonfinite_module`` (``None`` if every forward pass was finite) and ``advice``."""
     stopped_by: str | None = None
     """What stopped the run early: the name of a signal, such as ``SIGTERM`` (a script would then
-    exit with 128 + its number), or ``on_log``. The last checkpoint is the newest state."""
+    exit with 128 + its number), or ``on_log``, and the last checkpoint is the newest state; or
+    ``early_stopping``, after which nothing is left to do."""
 
     def last_words(self, config: TrainConfig, total_steps: int) -> list[str]:
         """Lines that say what the run came to, where it is, and how to use it or go on."""
         seconds, speed = self.metrics["train_runtime"], self.metrics["train_samples_per_second"]
         lines = [f"{self.global_step} steps in {seconds:.0f} s, {speed:.4g} examples/s"]
-        if self.stopped_by is not None:
+        if self.stopped_by == "early_stopping":
+            lines[0] += f", ended by early stopping before step {total_steps}"
+        elif self.stopped_by is not None:
             lines = [
                 f"stopped by {self.stopped_by} after step {self.global_step} of {total_steps}: "
                 "started again, the run goes on"
@@ -146,6 +150,15 @@ def run_metrics(state: TrainState, epoch: float) -> dict[str, float]:
         "micro_batch_size": state.micro_batch_size,
         "peak_memory_bytes": peak_memory_bytes(state.device),
     }
+
+
+def eval_metrics(history: list[dict[str, Any]], step: int | None) -> dict[str, float]:
+    """The numbers of the evaluation after a step; of the last one if there is no step."""
+    for record in reversed(history):
+        if "eval_loss" in record and step in (None, record["step"]):
+            numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
+            return {k: v for k, v in numbers.items() if k.startswith("eval_")}
+    return {}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -38,7 +38,10 @@ logger = logging.getLogger(__name__)
 FREE_FIELDS = frozenset(
     {
         *("output_dir", "progress", "resume", "save_steps", "save_total_limit", "on_save_error"),
-        *("eval_image_use", "eval_samples", "allow_dead_parts"),
+        *("eval_image_use", "eval_samples", "eval_predictions", "allow_dead_parts"),
+        *("eval_generate_rows", "eval_max_new_tokens"),
+        *("metric_for_best_model", "greater_is_better"),
+        *("early_stopping_patience", "early_stopping_threshold"),
         *("on_bad_row", "logging_steps", "eval_steps", "eval_batch_size", "load_best_model_at_end"),
         *("micro_batch_size", "gradient_checkpointing", "fast", "num_workers", "loader_timeout_s"),
         "cache_images",
@@ -166,6 +169,11 @@ def differences(state: TrainState, snapshot: Snapshot) -> list[str]:
 
 def _tell_changes(state: TrainState, saved: dict[str, Any], source: Path) -> None:
     """Tell what differs from how the checkpoint was made, though the run goes on."""
+    then, now = saved["config"], state.config
+    asked = ("eval_generate_rows", "eval_max_new_tokens")
+    other_answers = state.criterion.of_answers and any(
+        name in then and then[name] != getattr(now, name) for name in asked
+    )
     there, here = saved["eval_rows"], state.origin["eval_rows"]
     if there is not here and (there is None or here is None or not here.fits(there)):
         logger.warning(
@@ -173,7 +181,16 @@ def _tell_changes(state: TrainState, saved: dict[str, Any], source: Path) -> Non
             "be compared, and the best checkpoint so far is forgotten",
             source,
         )
-        state.best_metric = state.best_step = None
+        _judge_anew(state)
+    elif other_answers:
+        logger.warning(
+            "%s differ from those of %s: %s before and after cannot be compared, and the best "
+            "checkpoint so far is forgotten",
+            *(" and ".join(asked), source, state.criterion.key),
+        )
+        _judge_anew(state)
+    else:
+        _tell_new_criterion(state, saved, source)
     installed = environment()["versions"]
     for name in COMPUTING:
         if installed[name] != (then := saved["environment"]["versions"].get(name)):
@@ -190,6 +207,35 @@ def _tell_changes(state: TrainState, saved: dict[str, Any], source: Path) -> Non
             *(precision, state.config.precision),
         )
     _tell_new_length(state, saved)
+
+
+def _judge_anew(state: TrainState) -> None:
+    """Compare evaluations from here on only."""
+    state.best_metric = state.best_step = None
+    state.judged_from = len(state.log_history)
+
+
+def _tell_new_criterion(state: TrainState, saved: dict[str, Any], source: Path) -> None:
+    """Look for the best checkpoint among those that are left, if another number decides now."""
+    then = saved["config"].get("metric_for_best_model", "eval_loss")
+    more = saved["config"].get("greater_is_better")
+    criterion = state.criterion
+    if then == criterion.key and more in (None, state.config.greater_is_better, criterion.greater):
+        return
+    state.best_metric = state.best_step = None
+    for record in state.log_history[state.judged_from :]:
+        value, step = record.get(criterion.key), record["step"]
+        if value is None or not criterion.better(value, state.best_metric):
+            continue
+        if is_of_run(checkpoint_path(source.parent, step), state.run):
+            state.best_metric, state.best_step = value, step
+    logger.warning(
+        "metric_for_best_model was %s and is %s now: of the checkpoints that are left, %s",
+        *(then, criterion.key),
+        "none has it, so that there is no best one yet"
+        if state.best_step is None
+        else f"that of step {state.best_step} is the best",
+    )
 
 
 def _tell_new_length(state: TrainState, saved: dict[str, Any]) -> None:

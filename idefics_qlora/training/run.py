@@ -45,7 +45,13 @@ from idefics_qlora.training.incoming import Incoming
 from idefics_qlora.training.inputs import Inputs, workers_of
 from idefics_qlora.training.overflow import OverflowReports, fp16_ledger
 from idefics_qlora.training.parts import named_in_checkpoints
-from idefics_qlora.training.result import Clock, TrainResult, peak_memory_bytes, run_metrics
+from idefics_qlora.training.result import (
+    Clock,
+    TrainResult,
+    eval_metrics,
+    peak_memory_bytes,
+    run_metrics,
+)
 from idefics_qlora.training.resume import resume, take_over
 from idefics_qlora.training.run_files import RunFiles
 from idefics_qlora.training.saving import Saving
@@ -105,6 +111,7 @@ class Run:
             total_steps=inputs.total_steps,
             device=device,
             origin=inputs.origin,
+            criterion=inputs.criterion,
             unlogged_loss=torch.zeros((), dtype=torch.float64, device=device),
         )
         way_out = "make the adapter anew with add_lora, or load it from a checkpoint that is sound"
@@ -144,7 +151,9 @@ class Run:
 
     @property
     def stopped_by(self) -> str | None:
-        """What ends the run after this step: a signal's name, ``on_log``, or nothing."""
+        """What ends the run here: early stopping, a signal's name, ``on_log``, or nothing."""
+        if self.state.stopped_early:
+            return "early_stopping"
         if self.stop.received is not None:
             return self.stop.received.name
         return "on_log" if self.history.stop_asked else None
@@ -162,23 +171,24 @@ class Run:
         if said is not None:
             self.notices.warn("learning_rate too small", said)
 
-    def evaluate(self) -> float:
-        """Log an evaluation, unless the step has one; returns its loss.
+    def evaluate(self) -> dict[str, Any]:
+        """Log an evaluation, unless the step has one; returns its record.
 
         Should it fail, the step is saved first.
         """
-        if (done := self.history.evaluation_loss()) is not None:
+        if (done := self.history.evaluation()) is not None:
             return done
         assert self._evaluations is not None
         what = f"the evaluation after step {self.state.global_step}"
         try:
-            with advising(what, eval_batch_size=self.config.eval_batch_size):
-                record = self._evaluations.record()
+            with advising(what, **self._evaluations.sizes()):
+                record = self._evaluations.record(self.state.global_step)
+                self.state.criterion.check(record, what)
                 self.history.log(record)
         except Exception:
             self.saving.save_if_new()
             raise
-        return float(record["eval_loss"])
+        return record
 
     def failed(self, window: Window, error: Exception) -> str:
         """Save the state before a window whose step failed; tells of it, and of the window."""
@@ -220,20 +230,21 @@ class Run:
             logger.warning("%d adapters never moved: %s", len(still), names)
         self._clock.update(state)
         metrics = run_metrics(state, self.epoch())
-        finished = state.global_step >= state.total_steps
-        if finished and self.config.load_best_model_at_end:
+        held: int | None = None  # the evaluation of the adapter that the model holds
+        if state.is_over and self.config.load_best_model_at_end:
             self.saving.load_best()
+            held = state.best_step
         model.eval()
         if summary := str(self.notices):
             logger.warning("%s", summary)
         result = TrainResult(
             global_step=state.global_step,
             training_loss=metrics["train_loss"],
-            metrics=metrics,
+            metrics=metrics | eval_metrics(state.log_history, held),
             log_history=[*state.log_history, {**metrics, "step": state.global_step}],
             best_checkpoint=self.saving.best_checkpoint,
             fp16_ledger=fp16_ledger(state),
-            stopped_by=None if finished else self.stopped_by,
+            stopped_by=None if state.global_step >= state.total_steps else self.stopped_by,
         )
         self._files.end(result)
         self.progress.tell(*result.last_words(self.config, state.total_steps))

@@ -6,6 +6,7 @@ import errno
 import logging
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -57,14 +58,14 @@ class Saving:
 
     @property
     def best_checkpoint(self) -> Path | None:
-        """The checkpoint with the lowest ``eval_loss``, if it is still there."""
+        """The checkpoint whose evaluation is the best, if it is still there."""
         if self._state.best_step is None:
             return None
         best = checkpoint_path(self._folder, self._state.best_step)
         return best if is_of_run(best, self._state.run) else None
 
-    def save(self, eval_loss: float | None = None) -> None:
-        """Write ``checkpoint-<step>``, the best so far if ``eval_loss`` is the lowest; rotate.
+    def save(self, evaluation: dict[str, Any] | None = None) -> None:
+        """Write ``checkpoint-<step>``, the best so far if its evaluation is the best; rotate.
 
         Raises:
             OSError: If it cannot be written and ``on_save_error`` says so, or the run ends here.
@@ -73,15 +74,15 @@ class Saving:
         self._clock.update(state)
         folder = checkpoint_path(self._folder, state.global_step)
         best_before = state.best_metric, state.best_step
-        best_metric = float("inf") if state.best_metric is None else state.best_metric
-        if eval_loss is not None and eval_loss < best_metric:
-            state.best_metric, state.best_step = eval_loss, state.global_step
+        value = None if evaluation is None else evaluation.get(state.criterion.key)
+        if value is not None and state.criterion.better(value, state.best_metric):
+            state.best_metric, state.best_step = value, state.global_step
         try:
             save_checkpoint(folder, state.snapshot())
         except OSError as error:
             state.best_metric, state.best_step = best_before
             message = f"{folder} cannot be written ({error}); earlier checkpoints are whole"
-            ends = state.global_step == state.total_steps or self._stop.received is not None
+            ends = state.is_over or self._stop.received is not None
             if ends or self._config.on_save_error == "raise":
                 raise OSError(
                     error.errno,

@@ -19,6 +19,7 @@ from idefics_qlora.data.fingerprints import Fingerprint
 from idefics_qlora.data.windows import Window
 from idefics_qlora.machine import environment
 from idefics_qlora.model.execution import Execution
+from idefics_qlora.training.best import Criterion
 from idefics_qlora.training.diagnostics import Coverage
 from idefics_qlora.training.flat import FlatAdamW
 from idefics_qlora.training.parts import (
@@ -57,13 +58,26 @@ class TrainState(Counters):
     unlogged_loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     """Sum of the losses since the last log record, kept on the device."""
     best_step: int | None = None
-    """Step of the saved checkpoint with the lowest ``eval_loss``."""
+    """Step of the saved checkpoint whose evaluation is the best."""
+    criterion: Criterion = field(default_factory=Criterion)
+    """How evaluations are compared."""
     coverage: Coverage | None = None
     """Which adapters the first gradient reached (of this process's part of the run)."""
     window_rng: dict[str, Tensor] = field(default_factory=dict)
     """The random states before the last window."""
     half_updated: bool = False
     """Whether a step is between its first change of a weight and its last change of a counter."""
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether there have been enough evaluations without a gain."""
+        judged = self.log_history[self.judged_from :]
+        return self.global_step < self.total_steps and self.criterion.is_over(judged)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further step is to be done."""
+        return self.global_step >= self.total_steps or self.stopped_early
 
     @property
     def num_seen(self) -> int:
@@ -140,6 +154,7 @@ class CountersPart:
             "diverged": None,
             "finished_step": saved.state["global_step"],
             "num_told": len(saved.state["log_history"]),
+            "judged_from": 0,
             "too_large": [],
         }
         state = {**done, **saved.state}
