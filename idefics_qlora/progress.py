@@ -401,7 +401,8 @@ def sample_lines(record: Mapping[str, Any], width: int = 200) -> list[str]:
 
 
 def _is_metric(name: str, value: Any) -> bool:
-    is_other = name in ("eval_loss", "eval_bad_rows") or name.endswith(("runtime", "_per_second"))
+    is_other = name in ("eval_loss", "eval_bad_rows", "eval_generate_s")
+    is_other |= name.endswith(("runtime", "_per_second"))
     return name.startswith("eval_") and isinstance(value, (int, float)) and not is_other
 
 

@@ -17,7 +17,7 @@ import torch
 
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.windows import Question
-from idefics_qlora.durable import write_synced
+from idefics_qlora.durable import write_whole
 from idefics_qlora.evaluation.generation import generate_from_tokens
 from idefics_qlora.evaluation.metrics import GREATER_IS_BETTER
 from idefics_qlora.families.family import Model
@@ -207,7 +207,6 @@ def keep_answers(file: Path, step: int, lines: Sequence[Mapping[str, Any]]) -> N
     Answers of this step and of later ones are left out, for a run that goes on from an earlier
     step gives them again. A file that cannot be written is reported: it does not end a run.
     """
-    temporary = file.with_name(f".{file.name}.incomplete")
     try:
         earlier = []
         for line in file.read_text().splitlines() if file.exists() else ():
@@ -215,12 +214,9 @@ def keep_answers(file: Path, step: int, lines: Sequence[Mapping[str, Any]]) -> N
                 if json.loads(line)["step"] < step:
                     earlier.append(f"{line}\n")
         new = (line_of({"step": step, **line}) for line in lines)
-        write_synced(temporary, (line.encode() for line in (*earlier, *new)))
-        temporary.replace(file)
+        write_whole(file, "".join((*earlier, *new)).encode())
     except (OSError, UnicodeDecodeError) as error:
         logger.warning("%s cannot be written: %s", file, error)
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def line_of(record: Mapping[str, Any]) -> str:
