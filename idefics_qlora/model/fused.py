@@ -767,9 +767,11 @@ def hidden_states(
     latents = features.shape[1]
     features = features.reshape(examples, images * latents, -1)
     sees = image_mask.repeat_interleave(latents, dim=2)[:, None]  # (B, 1, T, N L)
-    least = torch.finfo(features.dtype).min
-    mask = torch.zeros(sees.shape, dtype=features.dtype, device=sees.device)
-    mask = mask.masked_fill(~sees, least)
+    # In the dtype of attention: the least number of a larger one would be rounded to -inf, and
+    # a token that sees no image have no finite score.
+    dtype = compute_dtype(features)
+    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+    mask = mask.masked_fill(~sees, torch.finfo(dtype).min)
     gate = image_mask.any(dim=2).to(features.dtype)  # (B, T)
     gate_of_rows = gate.flatten()[packing.slot_of.clamp(min=0)]  # whatever where there is no token
     # For blocks that are not fused.

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from micro_batches import QKV, a_batch, adapted, check_equal, gradient, lengths_of
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import idefics_qlora as iq
@@ -111,6 +113,33 @@ def test_other_batches(base, processor, cards, case):
     expected = slow(model, batch)
     path = FastPath(model, torch.float32)
     check_equal(fast(path, batch), expected, 3e-5)
+    path.close()
+
+
+class Masks(TorchFunctionMode):
+    """Keeps the masks that attention is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            self.masks.append((kwargs or {}).get("attn_mask"))
+        return function(*args, **(kwargs or {}))
+
+
+def test_who_sees_no_image_has_finite_scores(base, processor, cards):
+    """Features may be fp32, as autocast's norms are on a GPU: no score becomes infinite in 16."""
+    model = adapted(base, precision="bf16")
+    path = FastPath(model, torch.bfloat16)
+    perceiver = model.get_base_model().model.perceiver_resampler
+    perceiver.register_forward_hook(lambda _, __, features: features.float())
+    with Masks() as watched:
+        fast(path, a_batch(processor, cards[:3], images=2))
+    masks = [mask for mask in watched.masks if mask is not None]
+    assert masks
+    assert all(mask.isfinite().all() for mask in masks)
     path.close()
 
 
