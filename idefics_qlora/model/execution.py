@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn import Parameter
 
 from idefics_qlora.data.batches import Batch
 from idefics_qlora.model.graphs import FastPath
-from idefics_qlora.model.lora_linear import hooks_of
+from idefics_qlora.model.lora_linear import HOOKS_OF_ALL, has_other_forward, hooks_of
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.precision import autocast
 
@@ -29,8 +30,8 @@ class Execution(Protocol):
     """Forward and backward pass of micro-batches."""
 
     @property
-    def runs_hooks(self) -> bool:
-        """Whether autograd tells by hooks which parameters of this window get a gradient."""
+    def reached(self) -> Sequence[Parameter] | None:
+        """The parameters that got a gradient in this window; ``None``: their hooks have told."""
 
     def begin_window(self) -> None:
         """Take over the present values of the adapter: before a window's first micro-batch."""
@@ -66,7 +67,7 @@ class Execution(Protocol):
 class Eager:
     """Layer by layer, as the model and autograd do it: what version 0.1 did, to the bit."""
 
-    runs_hooks = True
+    reached = None
 
     def __init__(self, model: PeftModel, dtype: torch.dtype) -> None:
         self._model, self._dtype = model, dtype
@@ -97,23 +98,36 @@ class Eager:
 class Fast:
     """Fused blocks over packed rows, replayed as CUDA graphs (``graphs.py``).
 
-    A window before which somebody has put hooks on the model is computed eagerly, so that they run.
+    A window before which somebody has put hooks on the model, or replaced the forward of one of its
+    modules, is computed eagerly, so that they run.
     """
 
     def __init__(self, model: PeftModel, dtype: torch.dtype) -> None:
         self._path = FastPath(model, dtype)
         self._eager = Eager(model, dtype)
-        self._hooks = [hooks for module in model.modules() for hooks in hooks_of(module)]
+        self._modules = list(model.modules())
+        self._hooks = [*HOOKS_OF_ALL, *(h for m in self._modules for h in hooks_of(m))]
         self._one = torch.ones((), device=next(model.parameters()).device)
-        self.runs_hooks = False
+        self._is_eager = False
+
+    @property
+    def reached(self) -> Sequence[Parameter] | None:
+        """As :class:`Execution` says."""
+        if self._is_eager or self._path.reached is None:
+            return None
+        return [p for p in self._path.reached if p.requires_grad]  # frozen meanwhile: no more
 
     def begin_window(self) -> None:
         """Look for hooks; cast A and B once."""
-        hooked = any(self._hooks) or any(map(_has_hooks, self._path.parameters))
-        if hooked and not self.runs_hooks:
-            logger.info("there are hooks on the model: micro-batches go through its own layers")
-        self.runs_hooks = hooked
-        if not hooked:
+        why = None
+        if any(self._hooks) or any(map(_has_hooks, self._path.parameters)):
+            why = "there are hooks on the model"
+        elif any(map(has_other_forward, self._modules)):
+            why = "a module's forward was replaced"
+        if why and not self._is_eager:
+            logger.info("%s: micro-batches go through its own layers", why)
+        self._is_eager = why is not None
+        if not self._is_eager:
             self._path.begin_window()
 
     def micro_batch_backward(
@@ -125,7 +139,7 @@ class Fast:
         scaler: torch.amp.GradScaler,
     ) -> Tensor:
         """As :class:`Execution` says."""
-        if self.runs_hooks:
+        if self._is_eager:
             return self._eager.micro_batch_backward(
                 batch, num_targets, lengths=lengths, scaler=scaler
             )

@@ -43,9 +43,11 @@ from idefics_qlora.model.lora_linear import (
     Group,
     compute_dtype,
     has_hooks,
+    has_other_forward,
     linear,
     linear_backward,
     linear_forward,
+    take_back,
     why_not,
     why_not_linear,
 )
@@ -108,10 +110,12 @@ class FusedBlocks:
             make = _BLOCKS.get(type(module))
             if make is None:
                 continue
+            groups = len(linears.more)
             try:
                 plan = make(self, module)
             except _Unfit as reason:
                 self.others[name] = str(reason)
+                del linears.more[groups:]  # its layers are computed each by itself
                 continue
             module.fused_plan = plan
             module.__dict__["forward"] = MethodType(_forward, module)
@@ -140,7 +144,7 @@ class FusedBlocks:
     def uninstall(self) -> None:
         """Give every block its own forward back."""
         for module in self.blocks:
-            module.__dict__.pop("forward", None)
+            take_back(module)
             del module.fused_plan
         self.blocks = []
 
@@ -204,8 +208,8 @@ def install(model: nn.Module, linears: FastLinears) -> FusedBlocks:
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    plan = self.fused_plan
-    if not plan.blocks.is_active:
+    plan = self.__dict__.get("fused_plan")  # none: it is over
+    if plan is None or not plan.blocks.is_active:
         return type(self).forward(self, *args, **kwargs)
     if _recomputes(self):
         return self._gradient_checkpointing_func(partial(plan, **kwargs), *args)
@@ -236,6 +240,8 @@ def _norm_reason(norm: nn.Module) -> str | None:
         return f"a {type(norm).__name__}"
     if any(p.requires_grad for p in norm.parameters()):
         return "a norm is trained"
+    if has_other_forward(norm):
+        return "a norm's forward was replaced"
     return "a norm has hooks" if has_hooks(norm) else None
 
 
@@ -245,6 +251,8 @@ def _check(block: nn.Module, norms: list[nn.Module], dropout: float = 0.0) -> No
             raise _Unfit(reason)
     if dropout:
         raise _Unfit(f"dropout {dropout} of the base")
+    if has_other_forward(block):
+        raise _Unfit("its forward was replaced")
     names = {name for name, module in block.named_modules() if name and has_hooks(module)}
     if names:
         raise _Unfit(f"hooks on its {sorted(names)[0]}")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Parameter
 from transformers import IdeficsForVisionText2Text
 
 from idefics_qlora.data.batches import IGNORE, Batch
@@ -132,6 +133,9 @@ class FastPath:
                 logger.info("micro-batches run without CUDA graphs: %s", self.why_eager)
 
     def _install(self) -> None:
+        self.reached: list[Parameter] | None = None
+        """The parameters that get a gradient, once a pass has shown it."""
+        self._modules = list(self.model.modules())
         self.linears = lora_linear.install(self.model)
         self.blocks = fused.install(self.model, self.linears)
 
@@ -188,11 +192,11 @@ class FastPath:
         self.linears.refresh(self.dtype)
         if self.why_eager is not None:
             return
-        facts: list[Any] = [group.training for group in self.linears.used()]
+        facts: list[Any] = [module.training for module in self._modules]
         for parameter in self.parameters:
             if parameter.grad is None:  # a graph must not allocate what outlives it
                 parameter.grad = torch.zeros_like(parameter)
-            facts += [parameter.data_ptr(), parameter.grad.data_ptr()]
+            facts += [parameter.data_ptr(), parameter.grad.data_ptr(), parameter.requires_grad]
         if self._graphs and facts != self._facts:
             self.free_graphs()  # they would read and write what is elsewhere now
         self._facts = facts
@@ -298,6 +302,8 @@ class FastPath:
             )
             loss = fused.target_loss(hidden, inputs["rows"], base.lm_head, inputs["labels"])
             loss = loss * inputs["factor"][0]
+            if self.reached is None:
+                self.reached = lora_linear.reached_by(loss)
             (loss * inputs["scale"][0]).backward()
         return loss.detach()
 

@@ -85,7 +85,7 @@ def why_not(layer: Any) -> str | None:
         return f"a {type(dropout).__name__}"
     if any(has_hooks(module) for module in (a, b, dropout)):
         return "it has hooks"
-    if "forward" in layer.__dict__ and not hasattr(layer, "fast_group"):
+    if has_other_forward(layer):
         return "its forward was replaced"
     return why_not_linear(layer.base_layer)
 
@@ -100,9 +100,34 @@ def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
     )
 
 
+HOOKS_OF_ALL: tuple[Mapping[int, Any], ...] = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
+"""What is called before and after those of every module."""
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything is called before or after a module's forward or backward pass."""
     return any(hooks_of(module))
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether somebody has given a module another forward than its class's."""
+    forward = module.__dict__.get("forward")
+    function = getattr(forward, "__func__", forward)
+    return forward is not None and getattr(function, "__module__", None) not in _OURS
+
+
+def take_back(module: nn.Module) -> None:
+    """Give a module its class's forward back, unless it has somebody else's meanwhile."""
+    if not has_other_forward(module):
+        module.__dict__.pop("forward", None)
+
+
+_OURS = frozenset(f"idefics_qlora.model.{name}" for name in ("cpu", "lora_linear", "fused"))
 
 
 @dataclass(frozen=True)
@@ -498,6 +523,23 @@ def linear(x: Tensor, group: Group, seed: Tensor | None = None) -> Tensor:
     return _Linear.apply(x, group, _NO_SEED if seed is None else seed, *group.leaves())
 
 
+def reached_by(loss: Tensor) -> list[Parameter]:
+    """The parameters to which the backward pass of a loss gives a gradient."""
+    found: dict[int, Parameter] = {}
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+        parameters = [node.variable] if hasattr(node, "variable") else []
+        if hasattr(node, "group"):  # adds to them itself: see :meth:`Group.leaves`
+            parameters += node.group.parameters
+        found.update((id(p), p) for p in parameters if p.requires_grad)
+    return list(found.values())
+
+
 class FastLinears:
     """The adapter layers of a model that are computed here, and those that are not.
 
@@ -517,10 +559,12 @@ class FastLinears:
         """Groups of others, whose copies are refreshed as well."""
         self._casts: kernels.Casts | None = None
         self._dtype: torch.dtype | None = None
+        self._layers: list[nn.Module] = []
         for name, layer in model.named_modules():
             if isinstance(layer, AuxiliaryTrainingWrapper):
                 self.others[name] = "modules_to_save or trained tokens"
             elif isinstance(layer, BaseTunerLayer):
+                self._layers.append(layer)
                 reason = why_not(layer)
                 if reason is None:
                     self.groups[name] = Group([layer], stream=len(self.groups))
@@ -548,7 +592,7 @@ class FastLinears:
         """Give every layer its own forward back."""
         for group in self.groups.values():
             layer = group.layers[0]
-            layer.__dict__.pop("forward", None)
+            take_back(layer)
             del layer.fast_group, layer.fast_linears
         self.groups, self.more, self._casts = {}, [], None
 
@@ -561,13 +605,14 @@ class FastLinears:
     def _facts(self) -> list[Any]:
         # Looked up in the layers' own dictionaries: this is asked before every window.
         facts: list[Any] = []
-        for group in self.groups.values():
-            state = group.layers[0].__dict__
+        for layer in self._layers:
+            state = layer.__dict__
             facts += [state["_disable_adapters"], len(state["merged_adapters"])]
-            facts += [str(state["_active_adapter"]), *state["scaling"].values()]
-            lora_a, lora_b = state["_modules"]["lora_A"], state["_modules"]["lora_B"]
-            for module in (*lora_a._modules.values(), *lora_b._modules.values()):
-                facts.append(id(module._parameters["weight"]))
+            facts += [str(state["_active_adapter"]), *state.get("scaling", {}).values()]
+            for name in ("lora_A", "lora_B", "lora_dropout"):
+                for module in getattr(state["_modules"].get(name), "_modules", {}).values():
+                    weight = module._parameters.get("weight")
+                    facts += [id(weight), module.__dict__.get("p")]
         return facts
 
     @property
@@ -626,8 +671,8 @@ def install(model: nn.Module) -> FastLinears:
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    linears: FastLinears = self.fast_linears
-    if not linears.is_active or args or kwargs:
+    linears: FastLinears | None = self.__dict__.get("fast_linears")  # none: it is over
+    if linears is None or not linears.is_active or args or kwargs:
         result: Tensor = type(self).forward(self, x, *args, **kwargs)
         return result
     return linear(x, self.fast_group, linears.seed)

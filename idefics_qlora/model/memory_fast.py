@@ -89,6 +89,7 @@ class FastTrace(FastPath):
         self.begin_window()
 
     def _install(self) -> None:
+        self.reached = []  # nobody asks
         self.linears = FastLinears(self.model)
         self.blocks = FusedBlocks(self.model, self.linears)
 

@@ -126,9 +126,12 @@ class FlatAdamW(torch.optim.Optimizer):
         for buffer in self._buffers:
             _spare_paged.extend(t for t in buffer.moments.flat() if hasattr(t, "is_paged"))
 
-    def touch(self) -> None:
-        """Say that a backward pass has reached every parameter, without running any hooks."""
-        self._touched[:] = b"\1" * len(self._touched)
+    def touch(self, parameters: Iterable[Tensor]) -> None:
+        """Say that a backward pass has reached these parameters, without running any hooks."""
+        reached = set(map(id, parameters))
+        for slot in self._slots:
+            if id(slot.parameter) in reached:
+                self._touched[slot.number] = 1
 
     def reserve(self) -> None:
         """Have what :meth:`step` needs for a moment, so that it cannot run out half-way.
@@ -139,6 +142,17 @@ class FlatAdamW(torch.optim.Optimizer):
         for buffer in self._buffers:
             if buffer.weights.is_cuda and isinstance(buffer.moments, _TorchMoments):
                 torch.empty_like(buffer.weights)
+
+    def begin_window(self) -> None:
+        """Clear all gradients, and take over what a callback has moved or deleted meanwhile.
+
+        Without that a window would be learnt where the model does not see it: CUDA graphs add to
+        the ``.grad`` there is, and :meth:`step` changes flat memory.
+        """
+        for slot in self._slots:
+            if not slot.is_linked():
+                slot.link(slot.parameter, self._touched)
+        self.zero_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients; they stay where they are, whatever ``set_to_none`` is."""
@@ -292,6 +306,14 @@ class _Slot:
     def end(self) -> int:
         """Where its last block ends; from ``stop`` on all is zero."""
         return -(-self.stop // BLOCK) * BLOCK
+
+    def __post_init__(self) -> None:
+        self.addresses = self.weight.data_ptr(), self.gradient.data_ptr()
+
+    def is_linked(self) -> bool:
+        parameter, (weight, gradient) = self.parameter, self.addresses
+        grad = parameter.grad
+        return grad is not None and (parameter.data_ptr(), grad.data_ptr()) == (weight, gradient)
 
     def link(self, parameter: Parameter, touched: bytearray) -> None:
         if not _same_memory(parameter, self.weight):

@@ -30,6 +30,7 @@ def window_backward(state: TrainState, window: Window) -> Tensor:
     Raises:
         WindowTooLarge: If not even a single example fits.
     """
+    state.optimizer.begin_window()
     first = FirstSize(state, window) if state.growing else None
     size, tries = size_for(state, window), 1
     while isinstance(loss := _try_backward(state, window, size), int):
@@ -46,8 +47,8 @@ def window_backward(state: TrainState, window: Window) -> Tensor:
         restore_rng(state.window_rng, state.device)
     if first is not None:
         first.settle(tries)
-    if not state.execution.runs_hooks:
-        state.optimizer.touch()
+    if (reached := state.execution.reached) is not None:
+        state.optimizer.touch(reached)
     return loss
 
 

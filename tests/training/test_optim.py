@@ -78,7 +78,7 @@ def test_the_constants_of_adamw_are_the_settings(base, processor, examples, opti
     before = parameter.detach().clone()
     gradient = torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
     parameter.grad.copy_(gradient)
-    state.optimizer.touch()
+    state.optimizer.touch(state.model.parameters())
     state.optimizer.step()
     # Of the first step, corrected: both means are the gradient's own.
     expected = before - 0.1 * gradient / (gradient.abs() + 0.5)
