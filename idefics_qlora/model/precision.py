@@ -101,6 +101,11 @@ def set_activation_checkpointing(model: PeftModel, enabled: bool) -> None:
     if enabled:
         # Reentrant checkpointing gives no gradient to layers whose input requires none, which is
         # the whole vision tower.
+        before = len(base.get_input_embeddings()._forward_hooks)
         getattr(base, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+        # What transformers hooks on for reentrant checkpointing is of no use here, and with a hook
+        # nothing is computed the fast way.
+        if not before:
+            base.disable_input_require_grads()
     else:
         getattr(base, f"{prefix}_checkpointing_disable")()
