@@ -8,10 +8,12 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import config_of, same, tensors_of
 from micro_batches import QKV
 from peft import LoraConfig
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
@@ -234,3 +236,76 @@ def test_a_checkpoint_goes_on_the_other_way(base, processor, rows, tmp_path, fir
         checkpoint.rename(tmp_path / f"of-the-first-{step}")
     logs.append(trained(other, processor, rows, folder, fast=not first))
     check_equal(whole, other, logs)
+
+
+class Attention(TorchFunctionMode):
+    """Counts what fused blocks attend to, and raises an error at one of them."""
+
+    def __init__(self, at=0, error=None):
+        super().__init__()
+        self.calls, self.at, self.error = 0, at, error
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            self.calls += 1
+            if self.calls == self.at:
+                raise self.error
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def undisturbed(base, processor, rows, tmp_path):
+    """A run with dropout that nothing happens to; calls of attention in a micro-batch."""
+    with Attention() as watched:
+        trained(adapted(base, lora_dropout=0.1), processor, rows, tmp_path / "whole")
+    return watched.calls // (2 * STEPS)
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
+def test_an_error_within_a_window_leaves_an_ordinary_model(
+    base, processor, rows, tmp_path, undisturbed
+):
+    """What breaks off in a window's second micro-batch: the model works as before, and a new start
+    with it ends like a run that nothing happened to."""
+    model = adapted(base, lora_dropout=0.1)
+    failing = Attention(3 * undisturbed + 2, RuntimeError("injected"))
+    with pytest.raises(RuntimeError, match=r"injected.* in window 1 "), failing:
+        trained(model, processor, rows, tmp_path / "run")
+    assert not any(hasattr(m, a) for m in model.modules() for a in ("fast_group", "fused_plan"))
+    for parameter in trainable_parameters(model).values():
+        assert parameter.grad is None
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
+    (text,) = iq.generate(model, processor, [rows[0]], max_new_tokens=3)
+    twin = copy.deepcopy(model)
+    assert iq.generate(twin, processor, [rows[0]], max_new_tokens=3) == [text]
+    twin.save_pretrained(tmp_path / "saved")
+    assert not any("lora_" in name for name in twin.merge_and_unload().state_dict())
+    trained(model, processor, rows, tmp_path / "run")
+    whole, again = (tensors_of(tmp_path / n / "checkpoint-3") for n in ("whole", "run"))
+    assert same(whole, again)
+
+
+def test_memory_that_does_not_suffice_within_a_window(base, processor, rows, tmp_path, undisturbed):
+    """The window is done again in halves from its beginning: neither gradients nor random states
+    of the part that was computed are left."""
+    states = []
+    for at in (undisturbed + 2, 2):  # in the first window's second micro-batch, or at once
+        failing = Attention(at, torch.OutOfMemoryError("injected"))
+        with failing:
+            trained(adapted(base, lora_dropout=0.1), processor, rows, tmp_path / str(at))
+        states.append(tensors_of(tmp_path / str(at) / "checkpoint-3"))
+    assert same(*states)
+
+
+def test_a_dequantized_base_is_saved_as_ever(processor, rows, tmp_path):
+    """Merged after a fast run, which laid weights side by side, it is written and read again."""
+    base, _ = iq.tiny.load_model(
+        device="cpu", compute_dtype=torch.float32, base_weights="dequantized"
+    )
+    model = adapted(base)
+    trained(model, processor, rows, tmp_path / "run", max_steps=1)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged", save_original_format=False)
+    there = type(merged).from_pretrained(tmp_path / "merged")
+    ours, theirs = merged.state_dict(), there.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
