@@ -28,6 +28,10 @@ DAMAGE = frozenset(
 look damaged."""
 
 
+NO_WAITING = getattr(os, "O_NONBLOCK", 0)
+"""Opens a pipe without waiting for its writer; Windows has none that a path names."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is incomplete or altered; the message names folder, file and reason."""
 
@@ -36,7 +40,7 @@ class CheckpointError(ValueError):
 def _opened(path: Path, size: int | None) -> Iterator[BinaryIO]:
     """A file to be read, of so many bytes."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block
+        descriptor = os.open(path, os.O_RDONLY | NO_WAITING)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -185,12 +189,14 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def sync_file(path: Path) -> None:
     """Wait until a file that something else has written is on the disk."""
-    with path.open("rb") as file:
+    with path.open("rb+") as file:  # Windows flushes only what may be written
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Wait until the names in a folder are on the disk; Windows opens no folders, nor needs it."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

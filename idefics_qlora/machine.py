@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import platform
+import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 COMPUTING = (
@@ -98,8 +99,8 @@ def available_bytes(root: Path = Path("/")) -> int:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
         available = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
-    except (OSError, StopIteration):  # another system: half of what is built in
-        available = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 2
+    except (OSError, StopIteration):  # another system
+        available = psutil.virtual_memory().available
     for group in _groups(root):
         with suppress(OSError, ValueError):  # "max", or no version 2
             limit = int((group / "memory.max").read_text())
@@ -108,6 +109,17 @@ def available_bytes(root: Path = Path("/")) -> int:
             used -= int(stat.get("inactive_file", 0))  # files' pages, which give way
             available = min(available, max(0, limit - used))
     return available
+
+
+def peak_resident_bytes() -> int:
+    """Most main memory that this process has held at once."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 
 
 def _groups(root: Path) -> list[Path]:

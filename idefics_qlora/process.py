@@ -6,7 +6,6 @@ Nothing here knows the loop; it asks these objects and decides.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -16,9 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,11 @@ class StopSignals:
     thread only; elsewhere nothing is installed, and a log line says so.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    SIGNALS = tuple(
+        signal.Signals[name]
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1")
+        if hasattr(signal, name)  # Windows has no SIGUSR1
+    )
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -79,8 +83,9 @@ def ignore_stop_signals() -> None:
 class RunLock:
     """Keeps a second run out of an output folder for as long as this one lives.
 
-    An ``flock`` on ``.lock`` in the folder: the kernel drops it when the process dies, however it
-    dies. Loader workers inherit it, so they close it first of all.
+    A lock of the kernel on ``.lock`` in the folder: it falls with the process, however that dies.
+    ``filelock`` closes the file in every forked process, so that a loader worker which outlives a
+    run does not hold it.
 
     Args:
         folder: The run's output folder; created when missing.
@@ -90,17 +95,23 @@ class RunLock:
         RuntimeError: If another live run holds it.
     """
 
-    _files: ClassVar[set[int]] = set()
-
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._path = folder.resolve() / ".lock"  # whatever the working directory is by the end
-        self._file: int | None = None
+        self._lock = FileLock(self._path, thread_local=False, fallback_to_soft=False)
 
     def __enter__(self) -> RunLock:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._locked()
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            holder = "one that has not said its name"
+            with contextlib.suppress(OSError):  # Windows does not let others read what is locked
+                holder = self._path.read_text("utf-8", "replace")[:200].strip() or holder
+            raise RuntimeError(
+                f"output_dir={str(self.folder)!r} is in use by another run ({holder}): choose "
+                "another folder, or stop that run first"
+            ) from None
         except OSError as error:
             way_out = "choose another folder"
             if os.path.lexists(self._path) and not self._path.is_file():
@@ -111,46 +122,14 @@ class RunLock:
                 f"{way_out}",
                 str(self._path),
             ) from error
-        RunLock._files.add(self._file)
+        with contextlib.suppress(OSError):  # as above; it is only what others are told
+            self._path.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._file is not None
         with contextlib.suppress(OSError):  # a file left behind locks nobody out
             self._path.unlink()  # while it is still locked
-        RunLock._files.discard(self._file)
-        os.close(self._file)
-
-    @classmethod
-    def close_in_child(cls) -> None:
-        """Give up what a forked process has inherited, without unlocking it."""
-        for file in cls._files:
-            os.close(file)
-        cls._files.clear()
-
-    def _locked(self) -> int:
-        while True:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Between our open and our lock its last holder may have removed the file.
-                with contextlib.suppress(FileNotFoundError):
-                    if os.stat(self._path).st_ino == os.fstat(file).st_ino:
-                        holder = f"process {os.getpid()} on {socket.gethostname()}"
-                        os.ftruncate(file, 0)
-                        os.pwrite(file, holder.encode(), 0)
-                        return file
-            except BlockingIOError:
-                holder = os.read(file, 200).decode(errors="replace").strip()
-                os.close(file)
-                raise RuntimeError(
-                    f"output_dir={str(self.folder)!r} is in use by another run ({holder}): choose "
-                    "another folder, or stop that run first"
-                ) from None
-            except OSError:
-                os.close(file)
-                raise
-            os.close(file)
+        self._lock.release()
 
 
 @contextmanager
@@ -160,7 +139,7 @@ def guarded_children() -> Iterator[None]:
     It would raise in the middle of whatever is being computed. :class:`Loading` lets it act while
     an item is awaited. Afterwards it is in place again, for other loaders of the process.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not _child_signals_can_be_handled():
         yield
         return
     before = signal.getsignal(signal.SIGCHLD)
@@ -176,7 +155,7 @@ def guarded_children() -> Iterator[None]:
 @contextmanager
 def child_signals() -> Iterator[None]:
     """Let PyTorch's SIGCHLD handler act in this block."""
-    if threading.current_thread() is not threading.main_thread():
+    if not _child_signals_can_be_handled():
         yield
         return
     outside = signal.getsignal(signal.SIGCHLD)
@@ -189,6 +168,11 @@ def child_signals() -> Iterator[None]:
         if inside != outside:
             _handlers[:] = [inside]
             signal.signal(signal.SIGCHLD, outside)
+
+
+def _child_signals_can_be_handled() -> bool:
+    """In the main thread, and not on Windows, which has none."""
+    return hasattr(signal, "SIGCHLD") and (threading.current_thread() is threading.main_thread())
 
 
 _handlers: list[Any] = []

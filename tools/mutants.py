@@ -474,9 +474,9 @@ MUTANTS = (
     ),
     _m(
         "loader workers keep the lock",
-        "data/workers.py",
-        "    RunLock.close_in_child()\n",
-        "",
+        "process.py",
+        "self._lock.acquire(blocking=False)",
+        "self._lock.acquire(blocking=False); os.dup(self._lock._context.lock_file_fd)",
         "test_process.py::test_workers_that_outlive_a_run_do_not_lock_its_folder",
     ),
     # Evaluation.
@@ -584,7 +584,7 @@ MUTANTS = (
     _m(
         "a second run in the folder is let in",
         "process.py",
-        "                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "            self._lock.acquire(blocking=False)\n",
         "",
         "test_process.py::test_two_runs_in_one_folder",
     ),

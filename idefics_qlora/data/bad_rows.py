@@ -71,7 +71,8 @@ class BadRows:
                 record = {"row": row.row, "source": row.source, "reason": row.reason}
                 try:
                     torn = self.ledger.exists() and not self.ledger.read_bytes().endswith(b"\n")
-                    with self.ledger.open("a") as file:  # a kill may have left half a line
+                    # A kill may have left half a line.
+                    with self.ledger.open("a", encoding="utf-8") as file:
                         file.write(("\n" if torn else "") + f"{json.dumps(record)}\n")
                 except OSError as error:  # a full disk is for the next checkpoint to report
                     logger.warning("%s cannot be written: %s", self.ledger, error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import shutil
 from dataclasses import dataclass
 
 from idefics_qlora.machine import usable_cpus
@@ -69,10 +69,9 @@ def chosen_workers(
 
 def _free_shared_bytes() -> float:
     try:
-        there = os.statvfs("/dev/shm")
+        return float(shutil.disk_usage("/dev/shm").free)
     except OSError:  # another system, with other limits
         return math.inf
-    return float(there.f_bavail * there.f_frsize)
 
 
 def what_helps(

@@ -9,6 +9,7 @@ import errno
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -20,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from idefics_qlora.process import RunLock, child_signals, ignore_stop_signals
+from idefics_qlora.process import child_signals, ignore_stop_signals
 
 T = TypeVar("T", covariant=True)
 
@@ -46,7 +47,8 @@ class Loading(Generic[T]):
     Args:
         items: What to load; without a length, without end. A stream must begin at ``first`` itself.
         first: Number of the first item.
-        num_workers: Processes; 0 loads in this one.
+        num_workers: Processes; 0, and any number where none can be forked (Windows), loads in this
+            one.
         pin: Whether the tensors shall be in page-locked memory, for a GPU.
         timeout_s: Seconds to wait for an item from a worker; ``None`` for any time.
     """
@@ -69,6 +71,8 @@ class Loading(Generic[T]):
         elif isinstance(items, Sized):
             order = range(first, len(items))
             num_workers = min(num_workers, len(items))
+        if "fork" not in multiprocessing.get_all_start_methods():
+            num_workers = 0  # on Windows
         self._loader = DataLoader(
             items,
             batch_size=None,
@@ -185,7 +189,7 @@ def _name(worker: BaseProcess) -> str:
 
 
 def _exit_cause(code: int | None) -> str:
-    if code == -signal.SIGBUS:
+    if hasattr(signal, "SIGBUS") and code == -signal.SIGBUS:
         return f"SIGBUS, mostly no room in shared memory; {_shared_memory()}"
     return "a negative one is a signal, -9 often no memory left"
 
@@ -237,10 +241,10 @@ def _packed(item: object) -> _Packed | _NotHandedOver:
 
 def _shared_memory() -> str:
     try:
-        there = os.statvfs("/dev/shm")
+        there = shutil.disk_usage("/dev/shm")
     except OSError as error:
         return f"/dev/shm cannot be looked at: {error.strerror}"
-    free, size = (blocks * there.f_frsize / 2**20 for blocks in (there.f_bavail, there.f_blocks))
+    free, size = there.free / 2**20, there.total / 2**20
     return f"{free:.1f} of {size:.1f} MiB of shared memory (/dev/shm) are free"
 
 
@@ -254,5 +258,4 @@ class _Order(Sampler[int]):
 
 def _start_worker(_: int) -> None:
     ignore_stop_signals()
-    RunLock.close_in_child()
     torch.set_num_threads(1)  # workers share the cores; each resizes one picture at a time

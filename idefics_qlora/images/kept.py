@@ -178,7 +178,8 @@ class KeptInMemory(Kept):
         self._pixels = mmap.mmap(-1, self.max_bytes)
         self._num_entries = 2 * self.max_bytes // 2**15 + 64  # twice those of 100 x 100 pixels
         self._entries = mmap.mmap(-1, self._ENTRY.size * (self._num_entries + 1))
-        self._lock = multiprocessing.get_context("fork").Lock()
+        can_fork = "fork" in multiprocessing.get_all_start_methods()
+        self._lock = multiprocessing.get_context("fork" if can_fork else None).Lock()
         self._is_full = False
 
     def _entry(self, number: int) -> tuple[int, int, bytes]:

@@ -14,6 +14,7 @@ import torch
 
 from idefics_qlora.config import TrainConfig
 from idefics_qlora.families import family_of
+from idefics_qlora.machine import peak_resident_bytes
 from idefics_qlora.training.state import TrainState
 
 JUDGED_S = 5.0
@@ -165,6 +166,4 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory in use so far: allocated on the GPU, or resident in a process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
