@@ -60,9 +60,9 @@ def taken(file):
 
 
 KNOW_IDEFICS = {
-    *("families.__init__", "families.idefics"),
+    *("families.__init__", "families.idefics", "families.idefics3"),
     *("model.fused", "model.graphs", "model.memory_fast"),  # the fast way of this family
-    "tiny.__init__",  # the embedded base is one
+    "tiny.successors",  # small bases
 }
 PARTS = r"vision_model|perceiver_resampler|gated_cross_attn|image_attention_mask|<fake_token"
 

@@ -1,5 +1,7 @@
 """Batches: examples as the tensors that the model takes.
 
+More than 400 lines: a batch, and the one class that makes it.
+
 Shapes: B examples, T tokens, N images per example, S the side in pixels of the model's square.
 """
 
@@ -94,13 +96,23 @@ class Tokens:
 
     ids: list[int]
     is_target: list[bool]
+    images: tuple[tuple[int, int], ...] = ()
+    """Where the tokens of each image begin and end."""
+
+    def is_beside_images(self) -> np.ndarray:
+        """(T,) bool: which tokens are not those of an image."""
+        is_text = np.ones(len(self.ids), dtype=bool)
+        for start, end in self.images:
+            is_text[start:end] = False
+        return is_text
 
 
 class Collator:
     """Turns examples into a :class:`Batch`; owns how images, texts and turns interleave.
 
     The text of an example is the begin token, then its items in order, each image and each dialogue
-    written as the base's :class:`~idefics_qlora.families.family.Reader` knows it. Equal to
+    written as the base's :class:`~idefics_qlora.families.family.Reader` knows it. How many tokens
+    an image has may depend on its size, so :meth:`placed` puts them in when it is there. Equal to
     the processor's own reading of prompts, a hundred times faster on the image mask, and it cannot
     put an image behind its question.
 
@@ -140,7 +152,12 @@ class Collator:
         ids_of = self.tokenizer.convert_tokens_to_ids
         self.image_id = ids_of(self.reader.image_token)
         self.image_ids: list[int] = ids_of(list(self.reader.image_tokens))
-        self.never_target = torch.tensor([*self.image_ids, self.tokenizer.bos_token_id])
+        self.never_target = torch.tensor(
+            [
+                *self.image_ids,
+                *[self.tokenizer.bos_token_id] * (self.tokenizer.bos_token is not None),
+            ]
+        )
         self.end_ids: list[int] = ids_of(list(self.reader.end_tokens))
         # Added tokens that are not special are words of the vocabulary: data may hold them.
         tokens = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
@@ -162,7 +179,8 @@ class Collator:
         for example, row in zip(examples, self._encode(pieces), strict=True):
             is_dialogue = isinstance(example.prompt[0], Turn)
             end = self.end_ids[-1 if is_dialogue else 0]
-            tokens.append(self._shortened(Tokens([*row.ids, end], [*row.is_target, True])))
+            whole = Tokens([*row.ids, end], [*row.is_target, True], row.images)
+            tokens.append(self.shortened(whole))
         return tokens
 
     def prompt_tokens(self, prompts: Sequence[Sequence[PromptItem]]) -> list[Tokens]:
@@ -171,12 +189,12 @@ class Collator:
 
     def _pieces(self, prompt: Sequence[PromptItem], completion: str = "") -> list[Piece]:
         """The text of an example without its end token, or of a prompt alone."""
-        begin = Piece(self.tokenizer.bos_token, is_control=True)
         turns = [item for item in prompt if isinstance(item, Turn)]
         if turns:
             said = [Said(turn.role, tuple(turn.content), turn.is_target) for turn in turns]
-            return self._harmless([begin, *self.reader.dialogue(said, completion)])
-        pieces = [begin, *self.reader.interleaved(prompt)]
+            return self._harmless(self.reader.dialogue(said, completion))
+        begin = Piece(self.reader.begin, is_control=True)
+        pieces = [begin] * bool(begin.text) + self.reader.interleaved(prompt)
         if completion:
             # The spaces stripped from the prompt's end belong to the completion: tokens of this
             # family carry the space before a word, and generation sees the prompt without.
@@ -237,16 +255,43 @@ class Collator:
                     f"the text would be read as the control tokens {names}, where {control} are "
                     "meant: remove them from the text"
                 )
+            images = tuple((n, n + 1) for n, i in enumerate(ids) if i == self.image_id)
             if not has_targets:
-                tokens.append(Tokens(ids, [False] * len(ids)))
+                tokens.append(Tokens(ids, [False] * len(ids), images))
                 continue
             # A token that spans a border is learnt: the model has to say it.
             learnt = [piece.is_target for piece in pieces for _ in piece.text]
             is_target = [any(learnt[start : max(end, start + 1)]) for start, end in spans]
-            tokens.append(Tokens(ids, is_target))
+            tokens.append(Tokens(ids, is_target, images))
         return tokens
 
-    def _shortened(self, tokens: Tokens) -> Tokens:
+    def placed(self, tokens: Tokens, pixels: Sequence[Tensor]) -> Tokens:
+        """The tokens with those of these images at the places of their images.
+
+        Args:
+            tokens: With an image token for each image, or with the tokens of other images.
+            pixels: As many images as there are places.
+        """
+        ids: list[int] = []
+        is_target: list[bool] = []
+        images: list[tuple[int, int]] = []
+        done = 0
+        for (start, end), image in zip(tokens.images, pixels, strict=True):
+            ids += tokens.ids[done:start]
+            is_target += tokens.is_target[done:start]
+            own = self.reader.image_token_ids(image)
+            images.append((len(ids), len(ids) + len(own)))
+            ids += own
+            is_target += [False] * len(own)
+            done = end
+        return Tokens(ids + tokens.ids[done:], is_target + tokens.is_target[done:], tuple(images))
+
+    def shortened(self, tokens: Tokens) -> Tokens:
+        """The tokens cut to ``max_length``, never within an image.
+
+        Raises:
+            ValueError: If the prompt leaves no room for the completion.
+        """
         if self.max_length is None or len(tokens.ids) <= self.max_length:
             return tokens
         # Up to a token that is learnt, so that nothing the model does not have to say, such as an
@@ -261,7 +306,8 @@ class Collator:
                 f"max_length={self.max_length} nothing is left for the completion's "
                 f"{sum(tokens.is_target)}: shorten the prompt, raise max_length, or remove the row"
             )
-        return Tokens(tokens.ids[:kept], tokens.is_target[:kept])
+        images = tuple(image for image in tokens.images if image[1] <= kept)
+        return Tokens(tokens.ids[:kept], tokens.is_target[:kept], images)
 
     def pixels(
         self,
@@ -269,7 +315,7 @@ class Collator:
         crop_seed: int | None = None,
         tokens: Tokens | None = None,
     ) -> list[Tensor]:
-        """The prompt's images as the model's square.
+        """The prompt's images as the model sees them.
 
         Args:
             prompt: Items of an example's prompt.
@@ -277,7 +323,7 @@ class Collator:
             tokens: The example's tokens; images that ``max_length`` cut off are left out.
 
         Returns:
-            One uint8 tensor (3, S, S) per image.
+            One uint8 tensor (3, H, W) per image; (3, S, S) where the model sees squares.
 
         Raises:
             BadImage: If an image cannot be opened.
@@ -288,7 +334,7 @@ class Collator:
         self, prompt: Sequence[PromptItem], tokens: Tokens | None = None
     ) -> list[Image.Image]:
         """The prompt's images as RGB pictures; otherwise as :meth:`pixels`."""
-        number = None if tokens is None else tokens.ids.count(self.image_id)
+        number = None if tokens is None else len(tokens.images)
         with self.opening():
             return [open_image(item, self.access) for item in prompt_images(prompt)[:number]]
 
@@ -306,7 +352,7 @@ class Collator:
         return opening_for(self.reader.side, self.kept)
 
     def squares(self, pictures: Sequence[Image.Image], crop_seed: int | None) -> list[Tensor]:
-        """RGB pictures as the model's square; otherwise as :meth:`pixels`."""
+        """RGB pictures as the model sees them; otherwise as :meth:`pixels`."""
         seeds = [None if crop_seed is None else crop_seed + n for n in range(len(pictures))]
         return [self.reader.pixels(*pair) for pair in zip(pictures, seeds, strict=True)]
 
@@ -319,8 +365,8 @@ class Collator:
         """Pad examples to one length.
 
         Args:
-            tokens: B token lists.
-            pixels: For each, its images (3, S, S) uint8.
+            tokens: B token lists, images placed.
+            pixels: For each, its images (3, H, W) uint8.
             padding_side: Where the padding goes; generation needs it on the left.
 
         Returns:
@@ -337,12 +383,13 @@ class Collator:
         input_ids[is_token] = torch.from_numpy(ids)
 
         if self.loss_on == "all":
-            is_target = is_token
+            targets = np.concatenate([row.is_beside_images() for row in tokens])
         else:
-            is_target = torch.zeros_like(is_token)
             targets = np.concatenate([np.array(row.is_target, dtype=bool) for row in tokens])
-            is_target[is_token] = torch.from_numpy(targets)
-        is_target = is_target & ~torch.isin(input_ids, self.never_target)
+        is_target = torch.zeros_like(is_token)
+        is_target[is_token] = torch.from_numpy(targets)
+        is_target &= ~torch.isin(input_ids, self.never_target)
+        is_target &= is_token.cumsum(1) > 1  # nothing predicts the first
 
         return Batch(
             input_ids=input_ids,
@@ -353,6 +400,10 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """The batch of some examples, images preprocessed as the base does."""
-        tokens = self.tokens(examples)
-        pairs = zip(examples, tokens, strict=True)
-        return self.collate(tokens, [self.pixels(e.prompt, tokens=t) for e, t in pairs])
+        read = []
+        for example, tokens in zip(examples, self.tokens(examples), strict=True):
+            pixels = self.pixels(example.prompt, tokens=tokens)
+            tokens = self.shortened(self.placed(tokens, pixels))
+            read.append((tokens, pixels[: len(tokens.images)]))
+        placed, images = zip(*read, strict=True)
+        return self.collate(placed, images)

@@ -23,7 +23,8 @@ SMALL_SIDE = 16
 SAME_PICTURES = 4
 """Rows with a picture from which on it is odd that all show the same."""
 EXTREME_SHAPE = 8
-"""Long side over short side, from which on little is left of a picture squashed to a square."""
+"""Long side over short side of a picture, as a multiple of that of what the model sees, from which
+on little is left of it."""
 
 
 class Finding(NamedTuple):
@@ -135,22 +136,23 @@ def picture_findings(
 
     Args:
         pictures: In RGB.
-        pixels: The same as the model's square, (3, S, S) uint8.
+        pixels: The same as the model sees them, (3, H, W) uint8.
     """
     for n, (picture, square) in enumerate(zip(pictures, pixels, strict=True)):
         size = f"image {n} has {picture.width} x {picture.height} pixels"
         short, long = sorted(picture.size)
+        height, width = square.shape[1:]
         if short < SMALL_SIDE:
             yield Finding(
                 "tiny pictures",
-                f"{size}, of which the model's {square.shape[-1]} x {square.shape[-1]} are made: "
+                f"{size}, of which the model's {width} x {height} are made: "
                 "look whether it is an icon or a placeholder",
             )
-        elif long > EXTREME_SHAPE * short:
+        elif long * min(height, width) > EXTREME_SHAPE * short * max(height, width):
             yield Finding(
                 "pictures of extreme shape",
-                f"{size} and is squashed to a square of {square.shape[-1]} x {square.shape[-1]}, "
-                "in which little can be told: cut it into parts, or pad it",
+                f"{size} and is squashed to {'a square of ' * (height == width)}{width} x "
+                f"{height}, in which little can be told: cut it into parts, or pad it",
             )
         if all(int(channel.max()) - int(channel.min()) <= 2 for channel in square):
             yield Finding(

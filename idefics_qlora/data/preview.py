@@ -15,6 +15,8 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from idefics_qlora.config import LossOn
 from idefics_qlora.data.batches import IGNORE, Collator
 from idefics_qlora.data.example import ToExample
@@ -38,7 +40,7 @@ class SeenToken(NamedTuple):
     is_target: bool
     """Whether the model learns to say it."""
     image: int | None
-    """Number of the image that it attends to, within its example."""
+    """Number of the image that it attends to, within its example; the latest if there are more."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class SeenExample:
     """Padding tokens behind the others, which the model ignores."""
     images: tuple[Path, ...]
     """PNG files with the images' pixels, before they are normalised."""
+    notes: tuple[str, ...]
+    """For each image how many tiles and tokens it is, where a family cuts images into tiles."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,9 +82,8 @@ class Preview:
         for example in self.examples:
             rule = "─" * max(2, width - len(_title(example)) - 5)
             lines += [style.title(f"── {_title(example)} {rule}")]
-            lines += [
-                f"   image {n}  {style.faint(str(path))}" for n, path in enumerate(example.images)
-            ]
+            for n, (path, note) in enumerate(zip(example.images, example.notes, strict=True)):
+                lines.append(f"   image {n}  {style.faint(str(path))}{'  ' * bool(note)}{note}")
             for (is_target, image), run in _runs(example):
                 name = "learnt " if is_target else "context"
                 sees = "sees no image" if image is None else f"sees image {image}"
@@ -159,7 +162,7 @@ def preview_batch(
         length = int(batch.attention_mask[b].sum())
         ids = batch.input_ids[b, :length].tolist()
         sees = batch.vision.sees()[b, :length]  # (T, N)
-        images = sees.float().argmax(dim=1).masked_fill(~sees.any(dim=1), -1).tolist()
+        images = (sees * torch.arange(1, sees.shape[1] + 1)).amax(dim=1).sub(1).tolist()
         targets = (batch.labels[b, :length] != IGNORE).tolist()
         texts = collator.tokenizer.convert_ids_to_tokens(ids)
         examples.append(
@@ -175,6 +178,12 @@ def preview_batch(
                 images=tuple(
                     write_png(batch.vision.image(b, n), folder / f"row-{row}-image-{n}.png")
                     for n in range(len(pixels[b]))
+                ),
+                notes=tuple(
+                    f"{tiles}, {end - start:,} tokens"
+                    if (tiles := batch.vision.described(b, n))
+                    else ""
+                    for n, (start, end) in enumerate(tokens[b].images)
                 ),
             )
         )
@@ -286,8 +295,9 @@ def _example_html(example: SeenExample) -> str:
     figures = "".join(
         f'<figure><img alt="image {n}" style="border-color: {_hue(n)}" '
         f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" '
-        f'title="{html.escape(str(path))}"><figcaption>image {n}</figcaption></figure>'
-        for n, path in enumerate(example.images)
+        f'title="{html.escape(str(path))}"><figcaption>image {n}{", " * bool(note)}{note}'
+        "</figcaption></figure>"
+        for n, (path, note) in enumerate(zip(example.images, example.notes, strict=True))
     )
     tokens = []
     for position, token in enumerate(example.tokens):

@@ -175,7 +175,7 @@ class RowReader:
             rows=tuple(numbers),
             batch_rows=tuple(number for number, *_ in read),
             lengths=tuple(len(tokens.ids) for _, tokens, _ in read),
-            images=tuple(len(pixels) for *_, pixels in read),
+            images=tuple(sum(map(self.collator.reader.num_tiles, row)) for *_, row in read),
             num_targets=0 if batch is None else batch.num_targets,
             bad=tuple(bad),
             position=position,
@@ -332,6 +332,8 @@ class RowReader:
         (tokens,) = self.collator.tokens([example])
         pictures = self.collator.pictures(example.prompt, tokens)
         pixels = self.collator.squares(pictures, crop_seed)
+        tokens = self.collator.shortened(self.collator.placed(tokens, pixels))
+        pictures, pixels = pictures[: len(tokens.images)], pixels[: len(tokens.images)]
         if look is not None:
             look(row, example, tokens, pictures, pixels)
         return example, tokens, pixels

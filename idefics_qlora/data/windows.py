@@ -41,7 +41,7 @@ class Window:
     lengths: tuple[int, ...]
     """Text tokens of each example of ``batch``."""
     images: tuple[int, ...]
-    """Images of each example of ``batch``."""
+    """Images of each example of ``batch``; tiles, where a family cuts images into tiles."""
     num_targets: int
     """Target tokens of the whole window: what its loss is divided by."""
     bad: tuple[BadRow, ...] = ()

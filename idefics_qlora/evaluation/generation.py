@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from itertools import islice, takewhile
+from itertools import compress, islice, takewhile
 from typing import Any, Literal, TypeAlias, overload
 
 import torch
@@ -276,7 +276,7 @@ def generate_from_tokens(
         model: The base, or the base with an adapter.
         collator: Made the tokens.
         tokens: One per prompt.
-        pixels: For each, its images (3, S, S) uint8.
+        pixels: For each, its images (3, H, W) uint8.
         batch_size: Prompts in one batch.
         max_new_tokens: Tokens at most per text.
         return_full_text: Return the prompt's text as well.
@@ -305,7 +305,9 @@ def generate_from_tokens(
         ):
             inputs = batch.to(device).inputs()
             ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-        if not return_full_text:
-            ids = ids[:, batch.input_ids.shape[1] :]
-        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        said = ids[:, batch.input_ids.shape[1] :].tolist()
+        if return_full_text:
+            asked = [compress(row.ids, row.is_beside_images()) for row in tokens[part]]
+            said = [[*before, *new] for before, new in zip(asked, said, strict=True)]
+        texts += tokenizer.batch_decode(said, skip_special_tokens=True)
     return texts

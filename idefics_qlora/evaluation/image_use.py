@@ -198,8 +198,9 @@ def image_use(
         whole = [collator.pixels(example.prompt) for example in examples]
         shown = {"own": whole, "another": _exchanged(whole, np.random.default_rng(seed))}
         for kind, kinds_pictures in shown.items():
+            placed = list(map(collator.placed, prompts, kinds_pictures))
             texts = generate_from_tokens(
-                model, collator, prompts, kinds_pictures, batch_size, max_new_tokens
+                model, collator, placed, kinds_pictures, batch_size, max_new_tokens
             )
             said = [fields(text) for text in texts]
             for name in dict.fromkeys(name for row in expected for name in row):
@@ -263,7 +264,7 @@ def _exchanged(own: list[list[Tensor]], rng: np.random.Generator) -> list[list[T
 
 
 def _blank(own: list[list[Tensor]], collator: Collator) -> list[list[Tensor]]:
-    return [[collator.reader.blank()] * len(pixels) for pixels in own]
+    return [[collator.reader.blank(image) for image in pixels] for pixels in own]
 
 
 def _losses(
@@ -278,7 +279,9 @@ def _losses(
     with evaluation_mode(model):
         for start in range(0, len(tokens), batch_size):
             part = slice(start, start + batch_size)
-            batch: Batch = collator.collate(tokens[part], pixels[part]).to(device)
+            # Another picture may have another number of tokens.
+            placed = list(map(collator.placed, tokens[part], pixels[part]))
+            batch: Batch = collator.collate(placed, pixels[part]).to(device)
             logits = model(**batch.inputs(), use_cache=False).logits
             for row_logits, labels in zip(logits, batch.labels, strict=True):
                 loss = summed_cross_entropy(row_logits[None], labels[None])

@@ -83,7 +83,8 @@ class _Reading:
             (tokens,) = collator.prompt_tokens([prompt])
             findings = list(text_findings(prompt, collator.forged))
             name = f"{self.reader.name}[{number}]"
-            return Prompt(name, tokens, collator.pixels(prompt), findings)
+            pixels = collator.pixels(prompt)
+            return Prompt(name, collator.placed(tokens, pixels), pixels, findings)
 
         return self.reader.attempt(number, row, convert)
 

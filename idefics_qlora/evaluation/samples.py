@@ -44,7 +44,10 @@ class EvalSamples:
             self.rows.append({"row": name, "images": files, "target": example.completion})
             self.pixels.append(pixels)
             prompts.append(example.prompt)
-        self.tokens = self.collator.prompt_tokens(prompts)
+        self.tokens = [
+            self.collator.placed(*pair)
+            for pair in zip(self.collator.prompt_tokens(prompts), self.pixels, strict=True)
+        ]
 
     def caption(self, model: Model, batch_size: int) -> list[dict[str, Any]]:
         """For each row its name, its pictures' files, the text to be said, and what is said."""

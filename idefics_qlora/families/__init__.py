@@ -6,8 +6,11 @@ from typing import Any
 
 from idefics_qlora.families.family import Family, Model, Processor
 from idefics_qlora.families.idefics import Idefics
+from idefics_qlora.families.idefics3 import Idefics3, SmolVLM
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Idefics(),)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (Idefics(), Idefics3(), SmolVLM())
+}
 """By the ``model_type`` of a base's ``config.json``."""
 
 

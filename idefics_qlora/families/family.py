@@ -72,20 +72,26 @@ class Vision(ABC):
     def image(self, example: int, number: int) -> Tensor:
         """(3, H, W) uint8: an image as the model sees it, before it is normalised."""
 
+    def described(self, example: int, number: int) -> str:
+        """What an image is cut into, in words; empty where it stays whole."""
+        return ""
+
 
 class Reader(ABC):
     """How one base's processor writes texts and reads images.
 
     Attributes:
         tokenizer: The processor's.
-        image_token: Stands for an image in a text; one for each.
+        begin: Token with which a text begins; empty if there is none.
+        image_token: Stands for an image in a text, until the image is there; one for each.
         image_tokens: Tokens that only images have: never a target, never generated.
         control_tokens: Tokens with a meaning of their own, which no text may forge.
         end_tokens: End an answer: that of a sequence, and of a turn where the base has one.
-        side: S.
+        side: S; where images are cut into tiles, the longest side that a picture is resized to.
     """
 
     tokenizer: Any
+    begin: str
     image_token: str
     image_tokens: tuple[str, ...]
     control_tokens: frozenset[str]
@@ -98,15 +104,29 @@ class Reader(ABC):
 
     @abstractmethod
     def dialogue(self, turns: Sequence[Said], completion: str) -> list[Piece]:
-        """A dialogue up to the completion, written out; an empty one stands for the prompt."""
+        """A dialogue up to the completion, written out with its begin token.
+
+        An empty completion stands for the prompt.
+        """
 
     @abstractmethod
     def pixels(self, image: Image.Image, crop_seed: int | None) -> Tensor:
-        """(3, S, S) uint8 of an RGB picture: whole, or cropped as the seed says."""
+        """(3, H, W) uint8 of an RGB picture: whole, or cropped as the seed says.
+
+        H and W do not depend on the crop; they are S where the model sees squares.
+        """
 
     @abstractmethod
-    def blank(self) -> Tensor:
-        """(3, S, S) uint8: a picture of which nothing can be read, about 0 when normalised."""
+    def image_token_ids(self, pixels: Tensor) -> list[int]:
+        """The tokens that an image, as :meth:`pixels` gave it, has in a text."""
+
+    @abstractmethod
+    def num_tiles(self, pixels: Tensor) -> int:
+        """How many squares the vision tower sees of an image, as :meth:`pixels` gave it."""
+
+    @abstractmethod
+    def blank(self, pixels: Tensor) -> Tensor:
+        """uint8: a picture like another of which nothing can be read, about 0 when normalised."""
 
     @abstractmethod
     def vision(

@@ -198,6 +198,8 @@ class IdeficsReader(Reader):
                 f"the tokenizer lacks {IMAGE_TOKEN}, {AROUND_IMAGE} or a begin token: "
                 "it is not the processor of an IDEFICS model"
             )
+        self.begin = self.tokenizer.bos_token
+        self.image_ids = ids[:1]
         self.is_instruct = END_OF_UTTERANCE in self.tokenizer.get_added_vocab()
         self.end_tokens = (self.tokenizer.eos_token, END_OF_UTTERANCE)[: 1 + self.is_instruct]
         self.control_tokens = frozenset({IMAGE_TOKEN, AROUND_IMAGE, END_OF_UTTERANCE})
@@ -221,8 +223,8 @@ class IdeficsReader(Reader):
         return pieces
 
     def dialogue(self, turns: Sequence[Said], completion: str) -> list[Piece]:
-        """A dialogue up to the completion, written out; an empty one stands for the prompt."""
-        pieces: list[Piece] = []
+        """A dialogue up to the completion, written out with its begin token."""
+        pieces = [Piece(self.begin, is_control=True)]
         answer = (completion.strip(),) if completion else ()
         for n, (role, content, is_target) in enumerate([*turns, Said("assistant", answer, True)]):
             new_line = "\n" if n else ""
@@ -236,7 +238,7 @@ class IdeficsReader(Reader):
                 pieces += [Piece(new_line), *self.interleaved(images)]
                 pieces += [Piece("Question:")] if texts else []
             elif role == "assistant":
-                after_text = pieces and not pieces[-1].is_control
+                after_text = not pieces[-1].is_control
                 pieces.append(Piece(" Answer:" if after_text else "Answer:"))
             else:
                 pieces.append(Piece(new_line))
@@ -253,7 +255,15 @@ class IdeficsReader(Reader):
             return full_image(image, self.side)
         return random_crop(image, self.side, crop_seed)
 
-    def blank(self) -> Tensor:
+    def image_token_ids(self, pixels: Tensor) -> list[int]:
+        """One for each image: what it is made of stands beside the text."""
+        return self.image_ids
+
+    def num_tiles(self, pixels: Tensor) -> int:
+        """One: an image is a square."""
+        return 1
+
+    def blank(self, pixels: Tensor) -> Tensor:
         """(3, S, S) uint8: grey, about 0 when normalised."""
         grey = self.pixel_mean.round().to(torch.uint8)
         return grey[:, None, None].expand(3, self.side, self.side)

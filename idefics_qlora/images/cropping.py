@@ -48,6 +48,26 @@ def random_crop(image: Image.Image, side: int, seed: int) -> Tensor:
     Returns:
         uint8 tensor (3, S, S).
     """
+    kept = _part(image, seed, [3 / 4, 4 / 3])
+    return F.resize(kept, [side, side], F.InterpolationMode.BICUBIC)[:3]
+
+
+def random_part(image: Image.Image, seed: int) -> Tensor:
+    """A random crop of 90-100 % of the picture's area, of nearly its shape, not resized.
+
+    Args:
+        image: RGB picture of any size.
+        seed: Decides the crop; the same seed gives the same crop in any process.
+
+    Returns:
+        uint8 tensor (3, H, W).
+    """
+    shape = image.width / image.height
+    return _part(image, seed, [shape * 3 / 4, shape * 4 / 3])[:3].contiguous()
+
+
+def _part(image: Image.Image, seed: int, ratios: list[float]) -> Tensor:
+    """A random crop, width over height between ``ratios``: uint8 (C, H, W)."""
     # get_params draws from PyTorch's global CPU generator. It is lent for that moment and restored,
     # so that dropout in the main process never depends on how many pictures were loaded there.
     # (torch.manual_seed would reseed the GPU generators as well.)
@@ -55,12 +75,10 @@ def random_crop(image: Image.Image, side: int, seed: int) -> Tensor:
     state = generator.get_state()
     try:
         generator.manual_seed(seed)
-        box = RandomResizedCrop.get_params(image, list(CROP_SCALE), [3 / 4, 4 / 3])
+        top, left, height, width = RandomResizedCrop.get_params(image, list(CROP_SCALE), ratios)
     finally:
         generator.set_state(state)
-    top, left, height, width = box
-    kept = _pixels(image)[top : top + height, left : left + width].permute(2, 0, 1)
-    return F.resize(kept, [side, side], F.InterpolationMode.BICUBIC)[:3]
+    return _pixels(image)[top : top + height, left : left + width].permute(2, 0, 1)
 
 
 def _pixels(image: Image.Image) -> Tensor:

@@ -6,7 +6,8 @@
 The model has every part of the large ones (vision tower, perceiver, gated cross-attention,
 decoupled head) in 2.3 million parameters. It was pre-trained on drawn scenes with plain captions
 (`tools/pretrain_tiny.py`) and has never seen a card: a fine-tuning that works is visible within
-minutes on two CPU cores.
+minutes on two CPU cores. `load_model(family="smolvlm")` and `"idefics3"` give untrained bases of
+the families that followed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from idefics_qlora.tiny.cards import FIELDS, card_fields, creature_cards
 
 if TYPE_CHECKING:
-    from transformers import IdeficsForVisionText2Text, IdeficsProcessor
+    from transformers import PreTrainedModel
 
 __all__ = ["BASE", "FIELDS", "card_fields", "creature_cards", "load_model"]
 
@@ -25,20 +26,30 @@ BASE: Path = Path(__file__).parent / "base"
 """The folder with the base's config, fp16 weights, tokenizer and processor files."""
 
 
-def load_model(**kwargs: Any) -> tuple[IdeficsForVisionText2Text, IdeficsProcessor]:
-    """Load the small base in 4 bits, with its processor.
+def load_model(*, family: str = "idefics", **kwargs: Any) -> tuple[PreTrainedModel, Any]:
+    """Load a small base in 4 bits, with its processor.
 
     Args:
+        family: `idefics`, or one of its successors, `idefics3` or `smolvlm`: bases that are
+            untrained, and written into the cache folder when they are first asked for.
         **kwargs: Passed on to `idefics_qlora.load_model`.
 
     Returns:
-        The model, its linear layers in NF4 but for the head, and the processor (images of 64
-        pixels).
+        The model, its linear layers in NF4 but for the head, and the processor (images, or tiles,
+        of 64 pixels).
 
     Raises:
-        OSError: The installation lacks the base's files.
+        ValueError: There is no such family.
+        OSError: The installation lacks the base's files, or the cache folder cannot be written.
     """
     # Imported late: drawing cards needs neither torch nor transformers.
     from idefics_qlora.model.loading import load_model as load
 
-    return load(BASE, **kwargs)
+    if family == "idefics":
+        return load(BASE, **kwargs)
+    from idefics_qlora.tiny.successors import BUILDERS, built
+
+    if family not in BUILDERS:
+        known = ", ".join(["idefics", *BUILDERS])
+        raise ValueError(f"family={family!r}: expected one of {known}")
+    return load(built(family), **kwargs)

@@ -1,0 +1,132 @@
+"""Idefics3 and SmolVLM are trained, evaluated and generated from as IDEFICS is."""
+
+import copy
+
+import pytest
+import torch
+from helpers import config_of, differences
+
+import idefics_qlora as iq
+from idefics_qlora.checkpoint import load_checkpoint
+from idefics_qlora.data.batches import Collator
+
+QUESTION = "Question: What's on the picture? Answer:"
+
+
+@pytest.fixture
+def lora(base):
+    return iq.add_lora(base)
+
+
+@pytest.fixture
+def rows(cards, examples):
+    """Pictures of several shapes, two in a row, texts without, and a dialogue."""
+    wide = cards[1]["image"].resize((200, 60))
+    turns = [iq.Turn("user", [wide, "Who?"]), iq.Turn("assistant", "Nobody.", is_target=True)]
+    return [
+        *examples[:9],
+        iq.Example([wide, examples[3].prompt[0], "Which is wider?"], " The first."),
+        iq.Example(["Is there a picture?"], " No."),
+        iq.Example([*turns, iq.Turn("user", "Sure?")], "Yes."),
+    ]
+
+
+def test_it_learns(lora, processor, rows, tmp_path):
+    """The loss falls, on training rows and on what evaluate says of them; every part learns."""
+    before = iq.evaluate(lora, processor, rows)["eval_loss"]
+    settings = config_of(
+        tmp_path, max_steps=12, learning_rate=1e-2, warmup_steps=0, augment=True, save_steps=12
+    )
+    result = iq.train(lora, processor, rows, config=settings)
+    losses = [record["loss"] for record in result.log_history if "loss" in record]
+    assert losses[-1] < 0.8 * losses[0]
+    assert iq.evaluate(lora, processor, rows)["eval_loss"] < 0.8 * before
+    assert result.metrics["total_flos"] > 0
+    again, _ = iq.load_finetuned(tmp_path / "checkpoint-12", device="cpu")
+    assert iq.generate(again, processor, [rows[0].prompt]) == iq.generate(
+        lora, processor, [rows[0].prompt]
+    )
+
+
+def test_a_resumed_run_is_the_same_run(base, processor, rows, tmp_path):
+    """Bit for bit, with dropout and crops, as for IDEFICS."""
+    runs = {}
+    for name, stops in (("whole", [4]), ("resumed", [2, 4])):
+        for steps in stops:
+            model = iq.add_lora(copy.deepcopy(base))
+            config = config_of(
+                tmp_path / name, max_steps=4, save_steps=2, lr_scheduler_type="constant"
+            )
+            if steps < 4:
+                with pytest.raises(RuntimeError, match="enough"):
+                    iq.train(model, processor, rows, config=config, on_log=stop_after(steps))
+            else:
+                iq.train(model, processor, rows, config=config)
+        runs[name] = tmp_path / name / "checkpoint-4"
+    assert differences(runs["whole"], runs["resumed"]) == []
+
+
+def stop_after(steps):
+    def on_log(record):
+        if record["step"] == steps + 1:
+            raise RuntimeError("enough")
+
+    return on_log
+
+
+def test_the_window_does_not_depend_on_the_micro_batch(base, processor, rows, tmp_path):
+    """1 x 8, 2 x 4 and 8 x 1 give the same adapter, up to rounding, also where rows differ."""
+    adapters = []
+    for size in (1, 3, 8):
+        model = iq.add_lora(copy.deepcopy(base))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        config = config_of(tmp_path / str(size), max_steps=2, micro_batch_size=size, save_steps=2)
+        iq.train(model, processor, rows, config=config)
+        adapters.append(load_checkpoint(tmp_path / str(size) / "checkpoint-2").adapter)
+    for other in adapters[1:]:
+        for name, tensor in adapters[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_coverage_names_the_parts(lora, processor, rows, tmp_path, caplog):
+    """The first step tells which parts of the model learn."""
+    caplog.set_level("INFO")
+    iq.train(lora, processor, rows, config=config_of(tmp_path, max_steps=1))
+    assert "adapters with a gradient: text layers 6 of 6, vision tower 6 of 6" in caplog.text
+
+
+def test_batched_generation_is_that_of_one_prompt(lora, processor, rows):
+    """Texts do not depend on the batch, whatever pictures the others have; no image is said."""
+    prompts = [row.prompt for row in rows]
+    torch.nn.init.normal_(next(p for n, p in lora.named_parameters() if "lora_B" in n))
+    lora.float()
+    options = {"max_new_tokens": 8}
+    together = iq.generate(lora, processor, prompts, batch_size=len(prompts), **options)
+    alone = [iq.generate(lora, processor, [prompt], **options)[0] for prompt in prompts]
+    assert together == alone
+    # Were images the likeliest, they would still not be said.
+    collator = Collator(processor)
+    with torch.no_grad():
+        head = lora.get_base_model().lm_head
+        head.weight[collator.image_ids] = 100 * head.weight.abs().max()
+    assert iq.generate(lora, processor, prompts[:2], **options)
+
+
+def test_the_full_text_leaves_images_out(base, processor, rows):
+    """Rows and columns are no part of a prompt's text, where they are ordinary words either."""
+    (text,) = iq.generate(
+        base, processor, [rows[0].prompt], max_new_tokens=2, return_full_text=True
+    )
+    assert text.startswith(QUESTION)
+    assert "row_" not in text
+    assert "global-img" not in text
+
+
+def test_image_use_is_measured(lora, processor, rows):
+    """Pictures are exchanged between rows that have other numbers of tiles."""
+    use = iq.image_use(lora, processor, rows, batch_size=3, fields=lambda text: {"said": text})
+    assert use.num_rows == 11
+    assert not use.looks
+    assert set(use.loss) == {"own", "another", "blank"}
