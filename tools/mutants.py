@@ -381,14 +381,14 @@ MUTANTS = (
     _m(
         "padding is learnt",
         "data/batches.py",
-        "            is_target = is_token\n",
-        "            is_target = torch.ones_like(is_token)\n",
+        "is_target = torch.zeros_like(is_token)",
+        "is_target = torch.ones_like(is_token)",
         "data/test_batches.py",
     ),
     _m(
         "image tokens are learnt",
         "data/batches.py",
-        "is_target = is_target & ~torch.isin(input_ids, self.never_target)",
+        "is_target &= ~torch.isin(input_ids, self.never_target)",
         "pass",
         "data/test_batches.py",
     ),
