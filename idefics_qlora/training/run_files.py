@@ -27,7 +27,13 @@ from peft import LoraConfig
 
 from idefics_qlora.checkpoint import point_to
 from idefics_qlora.config import TrainConfig
-from idefics_qlora.durable import json_bytes, write_whole
+from idefics_qlora.durable import (
+    CheckpointError,
+    json_bytes,
+    json_mapping,
+    read_whole,
+    write_whole,
+)
 from idefics_qlora.machine import environment
 from idefics_qlora.model.adapters import adapter_config
 from idefics_qlora.training.result import TrainResult
@@ -81,13 +87,16 @@ class RunFiles:
                     file.write(content)  # at once, in one piece
 
     def end(self, result: TrainResult) -> None:
-        """Write what the run came to, unless it had ended before and nothing was done."""
-        if (self._folder / RESULT).exists():
-            return
+        """Write what the run came to, unless it had ended with the same before."""
         values = asdict(result)
         del values["log_history"]
         best = result.best_checkpoint
         values["best_checkpoint"] = None if best is None else best.name
+        # A record would have removed the file; another metric or patience may decide without one.
+        with contextlib.suppress(OSError, CheckpointError):
+            there = json_mapping(self._folder / RESULT, read_whole(self._folder / RESULT))
+            if all(there.get(key) == values[key] for key in ("stopped_by", "best_checkpoint")):
+                return
         self._write(RESULT, json_bytes(values))
 
     def _write(self, name: str, content: bytes) -> None:

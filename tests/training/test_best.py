@@ -297,6 +297,8 @@ def test_another_metric_in_a_resume(base, processor, examples, tmp_path, caplog)
     _, result = run(base, processor, examples, config, metrics=metrics)
     assert result.best_checkpoint.name == "checkpoint-1"
     assert result.metrics["eval_right"] == 0.9
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert written["best_checkpoint"] == (tmp_path / "best").read_text().strip() == "checkpoint-1"
     assert (
         "metric_for_best_model was eval_loss and is eval_right now: of the checkpoints that are "
         "left, that of step 1 is the best"
