@@ -318,12 +318,19 @@ def test_other_rows_begin_the_comparison_anew(base, processor, examples, tmp_pat
     run(base, processor, examples, early(tmp_path / "run", max_steps=2))
     config = early(tmp_path / "run", early_stopping_patience=1)
     caplog.clear()
-    _, result = run(base, processor, examples, config, eval_rows=examples[5:8])
+
+    def on_log(record):
+        return iq.STOP if "eval_loss" in record else None
+
+    other = {"eval_rows": examples[5:8]}
+    _, stopped = run(base, processor, examples, config, on_log=on_log, **other)
+    assert (stopped.stopped_by, stopped.global_step) == ("on_log", 3)
+    _, result = run(base, processor, examples, config, **other)
     # Of step 2 nothing is known for these rows: step 3 is the first, step 4 without a gain.
     assert (result.stopped_by, result.global_step) == ("early_stopping", 4)
     assert "the best checkpoint so far is forgotten" in caplog.text
     assert load_checkpoint(tmp_path / "run" / "checkpoint-4").state["judged_from"] == 4
-    _, again = run(base, processor, examples, config, eval_rows=examples[5:8])
+    _, again = run(base, processor, examples, config, **other)
     assert (again.stopped_by, again.global_step) == ("early_stopping", 4)
 
     config = metric_config(tmp_path / "metric", max_steps=2)
