@@ -37,6 +37,7 @@ from idefics_qlora.model.base_weights import dequantize, unnest_if_small
 from idefics_qlora.model.execution import Eager
 from idefics_qlora.model.graphs import FastPath, shape_of
 from idefics_qlora.model.precision import DTYPES, set_compute_dtype
+from idefics_qlora.training.incoming import Incoming
 
 SEED = 42
 QUESTION = "Question: What's on the picture? Answer:"
@@ -381,7 +382,7 @@ def watched(meter: Meter) -> Iterator[None]:
 def ours(arm: Arm, model: Any, rows: Rows, config: iq.TrainConfig, meter: Meter) -> dict[str, Any]:
     """Our loop, with marks around what it calls for each window."""
     loop: Any = importlib.import_module(iq.train.__module__)
-    train_step, finish_step, windows = loop.train_step, loop.finish_step, loop.Run.windows
+    train_step, finish_step, windows = loop.train_step, loop.finish_step, Incoming.windows
 
     def marked_step(state: Any, window: Any) -> Any:
         if not hasattr(state.scaler, "marked"):
@@ -399,7 +400,7 @@ def ours(arm: Arm, model: Any, rows: Rows, config: iq.TrainConfig, meter: Meter)
     if arm.recipe:
         loop.finish_step = marked_finish
     if not arm.loader:
-        loop.Run.windows = lambda run: Repeated(windows(run))
+        Incoming.windows = lambda incoming: Repeated(windows(incoming))  # type: ignore
     try:
         with watched(meter):
             result = iq.train(
@@ -407,7 +408,7 @@ def ours(arm: Arm, model: Any, rows: Rows, config: iq.TrainConfig, meter: Meter)
                 config=config,
             )
     finally:
-        loop.train_step, loop.finish_step, loop.Run.windows = train_step, finish_step, windows
+        loop.train_step, loop.finish_step, Incoming.windows = train_step, finish_step, windows
     log = [record for record in result.log_history if "loss" in record]
     counts = meter.counts
     return {
