@@ -28,6 +28,7 @@ LossOn = Literal["completion", "all"]
 OnSaveError = Literal["raise", "continue"]
 OnBadRow = Literal["skip", "raise"]
 CacheImages = Literal["disk", "memory"]
+ReportTo = Literal["tensorboard", "wandb", "trackio"]
 Progress = Literal["auto", "bar", "lines", "none"]
 
 
@@ -66,7 +67,6 @@ OTHER_NAMES = {
     "save_strategy": "save_steps",
     "logging_strategy": "logging_steps",
     "logging_dir": "output_dir; or train(..., on_log=...)",
-    "report_to": "train(..., on_log=...), which is called with every record",
     "fp16": "precision='fp16' (the default), 'bf16' or 'fp32'",
     "bf16": "precision='bf16'",
     "num_epochs": "num_train_epochs",
@@ -116,7 +116,7 @@ OTHER_NAMES = {
 """Arguments of other trainers, ``transformers.TrainingArguments`` first of all, and ours."""
 
 GROUPS = {
-    "run": ("output_dir", "seed", "progress"),
+    "run": ("output_dir", "seed", "progress", "report_to"),
     "schedule": (
         *("max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type"),
         *("lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
@@ -308,10 +308,17 @@ class TrainConfig:
     notebook a live table), ``lines``, one for each log record, or ``none``. ``auto``: the bar on a
     terminal or in a notebook, lines elsewhere."""
 
+    report_to: tuple[ReportTo, ...] = ()
+    """Where charts are drawn, as well: of ``tensorboard`` (event files in ``tensorboard`` in
+    ``output_dir``), ``wandb`` and ``trackio``; each is an extra of that name to be installed."""
+
     def _run_problems(self) -> Iterator[str]:
         yield from _no_path(self, "output_dir")
         yield from _not_whole(self, 0, "seed")
         yield from _no_choice(self, progress=Progress)
+        names, known = self.report_to, get_args(ReportTo)
+        if not isinstance(names, (tuple, list)) or not all(name in known for name in names):
+            yield f"report_to={names!r}: expected a tuple of {', '.join(known)}, or ()"
 
     # --- schedule -----------------------------------------------------------------------------
 
@@ -623,4 +630,5 @@ class TrainConfig:
         """The fields as JSON values, as a checkpoint records them."""
         fields = dataclasses.asdict(self)
         paths = {name: str(v) for name, v in fields.items() if isinstance(v, os.PathLike)}
-        return {**fields, **paths, "allow_dead_parts": list(self.allow_dead_parts)}
+        lists = {"report_to": list(self.report_to), "allow_dead_parts": list(self.allow_dead_parts)}
+        return {**fields, **paths, **lists}

@@ -40,7 +40,7 @@ def test_defaults_are_the_tutorials_recipe():
 def test_fields_are_frozen_names():
     """A field is only added or renamed on purpose: users write them in their scripts."""
     assert GROUPS == {
-        "run": ("output_dir", "seed", "progress"),
+        "run": ("output_dir", "seed", "progress", "report_to"),
         "schedule": (
             "max_steps",
             "num_train_epochs",

@@ -64,6 +64,7 @@ class Loading(Generic[T]):
     ) -> None:
         self.number = self._first = first
         self.timeout_s = timeout_s
+        self.total = len(items) - first if isinstance(items, Sized) else None
         order: Iterable[int] | None = count(first)
         if isinstance(items, IterableDataset):
             order = None

@@ -23,6 +23,7 @@ from idefics_qlora.families.family import Model, Processor, check_model_and_proc
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.precision import evaluation_mode
 from idefics_qlora.notices import Notices, advising
+from idefics_qlora.progress import counting
 
 logger = logging.getLogger(__name__)
 
@@ -105,21 +106,26 @@ def generate(
         torch.OutOfMemoryError: If the GPU's memory does not suffice; the message says what to
             lower.
     """
-    return list(
-        generate_iter(
-            model,
-            processor,
-            prompts,
-            to_example=to_example,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            on_bad_row=on_bad_row,
-            num_workers=num_workers,
-            return_full_text=return_full_text,
-            access=access,
-            **generate_options,
-        )
+    answers = generate_iter(
+        model,
+        processor,
+        prompts,
+        to_example=to_example,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_bad_row=on_bad_row,
+        num_workers=num_workers,
+        return_full_text=return_full_text,
+        access=access,
+        **generate_options,
     )
+    texts = []
+    total = len(prompts) if isinstance(prompts, Sized) else None
+    with counting("generating", total, "texts") as counted:
+        for text in answers:
+            texts.append(text)
+            counted.advance()
+    return texts
 
 
 def generate_iter(

@@ -26,6 +26,7 @@ from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.precision import evaluation_mode
 from idefics_qlora.notices import advising
+from idefics_qlora.progress import counting
 
 FEW_ROWS = 64
 """Bad rows are counted against at least as many: one dead picture of ten must not stop a run."""
@@ -127,8 +128,13 @@ def mean_loss(
     started = time.perf_counter()
     num_batches = num_examples = num_targets = num_bad = 0
     total = torch.zeros((), dtype=torch.float64, device=device)
-    with evaluation_mode(model), loading as windows:
+    with (
+        evaluation_mode(model),
+        loading as windows,
+        counting("evaluating", loading.total, "batches") as counted,
+    ):
         for window in windows:
+            counted.advance()
             num_bad += len(window.bad)
             bad_rows.note(window.bad)
             if window.batch is None:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
 from idefics_qlora.images.access import (
     DEFAULT_ACCESS,
     BadImage,
@@ -22,6 +20,7 @@ from idefics_qlora.images.access import (
 )
 from idefics_qlora.images.decode import decode
 from idefics_qlora.images.opening import part_source
+from idefics_qlora.progress import counting
 
 if TYPE_CHECKING:
     from idefics_qlora.images.fetch import Downloader
@@ -166,7 +165,7 @@ def _download_all(
 
     with (
         Downloader(access) as downloader,
-        tqdm(total=sum(map(len, urls.values())), unit="picture", disable=None) as progress,
+        counting("fetching", sum(map(len, urls.values())), "pictures") as counted,
     ):
         executor = ThreadPoolExecutor(num_threads)
         running: dict[Future[BadImage | None], tuple[str, str]] = {}
@@ -189,8 +188,7 @@ def _download_all(
                     per_host[host] -= 1
                     error = future.result()
                     num_failed += error is not None
-                    progress.set_postfix(failed=num_failed, refresh=False)
-                    progress.update()
+                    counted.advance(note=f"{num_failed} failed" if num_failed else "")
                     yield url, error
         finally:
             executor.shutdown(wait=not running, cancel_futures=True)

@@ -14,9 +14,11 @@ LoRA matrices                                         fp32
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from idefics_qlora.checkpoint import (
     ADAPTER,
@@ -56,6 +59,7 @@ from idefics_qlora.model.base_weights import (
 from idefics_qlora.model.cpu import prepare_for_cpu
 from idefics_qlora.model.precision import set_compute_dtype
 from idefics_qlora.model.saved_base import Origin, is_hub_id, is_packed, no_manifest, verify_base
+from idefics_qlora.progress import waiting_for, way_of
 
 logger = logging.getLogger(__name__)
 
@@ -119,13 +123,14 @@ def load_model(
         llm_int8_skip_modules=list(family.not_quantized),
     )
     try:
-        model = family.model_class().from_pretrained(
-            name,
-            revision=revision,
-            dtype=(config.dtype or compute_dtype) if packed else compute_dtype,
-            device_map={"": device},
-            quantization_config=quantization if quantize and not packed else None,
-        )
+        with _showing(f"loading {name}"):
+            model = family.model_class().from_pretrained(
+                name,
+                revision=revision,
+                dtype=(config.dtype or compute_dtype) if packed else compute_dtype,
+                device_map={"": device},
+                quantization_config=quantization if quantize and not packed else None,
+            )
         model.requires_grad_(False)
         if packed:
             _compute_in(model, compute_dtype)
@@ -159,6 +164,22 @@ def load_model(
     model.name_or_path = model.config.name_or_path = origin.name or name
     model.base_revision = origin.revision if is_hub_id(model.name_or_path) else None
     return model.eval(), processor
+
+
+@contextlib.contextmanager
+def _showing(what: str) -> Iterator[None]:
+    """Show that a base is being loaded: by the bar of ``transformers``, where bars are shown."""
+    has_bar = transformers_logging.is_progress_bar_enabled()
+    if has_bar and way_of() != "lines":
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        with waiting_for(what):
+            yield
+    finally:
+        if has_bar:
+            transformers_logging.enable_progress_bar()
 
 
 def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -44,6 +44,7 @@ from idefics_qlora.model.memory_trace import (
     traced_forward,
 )
 from idefics_qlora.model.precision import DTYPES
+from idefics_qlora.progress import waiting_for
 
 CARDS = (16, 24, 40, 80)
 """Nominal sizes of common cards in GB."""
@@ -259,10 +260,11 @@ def estimate_memory(
     check_base_weights(base_weights, quantize)
     config = _configuration(checkpoint, revision)
     dtype = DTYPES[precision]
-    model = model_on_meta(config, dtype, quantize and base_weights == "4bit", lora)
-    fast = fast and FastPath.why_not(model) is None
-    passes = fast_passes if fast else _layer_by_layer
-    taken = passes(model, config, dtype, text_tokens, images, nested_constants)
+    with waiting_for("estimating memory"):
+        model = model_on_meta(config, dtype, quantize and base_weights == "4bit", lora)
+        fast = fast and FastPath.why_not(model) is None
+        passes = fast_passes if fast else _layer_by_layer
+        taken = passes(model, config, dtype, text_tokens, images, nested_constants)
     trainable = [p for p in model.parameters() if p.requires_grad]
     quantized = quantized_tensors(model)
     everything = storage_bytes([*model.parameters(), *model.buffers(), *quantized])

@@ -28,6 +28,7 @@ from idefics_qlora.model.adapters import check_trainable
 from idefics_qlora.model.base import base_fingerprint
 from idefics_qlora.notices import Notices
 from idefics_qlora.training.best import Criterion, criterion_of, criterion_problems
+from idefics_qlora.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def check_inputs(
         ValueError: If they do not; the message names the row or the field.
     """
     check_model_and_processor(model, processor)
+    check_trackers(config)
     if problems := list(_evaluation_problems(config, metrics, eval_rows is not None)):
         raise ValueError("\n".join(problems))
     check_trainable(model)

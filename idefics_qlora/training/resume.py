@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 FREE_FIELDS = frozenset(
     {
-        *("output_dir", "progress", "resume", "save_steps", "save_total_limit", "on_save_error"),
+        *("progress", "report_to"),
+        *("output_dir", "resume", "save_steps", "save_total_limit", "on_save_error"),
         *("eval_image_use", "eval_samples", "eval_predictions", "allow_dead_parts"),
         *("eval_generate_rows", "eval_max_new_tokens"),
         *("metric_for_best_model", "greater_is_better"),

@@ -56,6 +56,7 @@ from idefics_qlora.training.resume import resume, take_over
 from idefics_qlora.training.run_files import RunFiles
 from idefics_qlora.training.saving import Saving
 from idefics_qlora.training.state import TrainState
+from idefics_qlora.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,9 @@ class Run:
         self._clock = Clock(self.state)
         self.saving = Saving(self.state, folder, self._clock, stop, background)
         self._files = RunFiles(folder, self.state)
-        told = (self.progress, self._files), on_log
+        trackers = Trackers(folder, self.state)
+        cleanup.callback(trackers.close)
+        told = (self.progress, self._files, trackers), on_log
         self.history = History(self.state, self._clock, self.saving, *told, self.epoch)
         self.overflow = OverflowReports(self.state, folder, self.saving)
         bad_rows = BadRows(config.on_bad_row, folder / "bad_rows.jsonl")
