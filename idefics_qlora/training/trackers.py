@@ -174,7 +174,7 @@ class Trackers:
 
     def __init__(self, folder: Path, state: TrainState) -> None:
         self._open: dict[str, Tracker] = {}
-        if state.finished_step >= state.total_steps:  # nothing will be told
+        if state.is_over and state.finished_step == state.global_step:  # nothing will be told
             return
         for name in state.config.report_to:
             try:
