@@ -78,7 +78,7 @@ _INSIDE = {
 """Keys of some of its objects."""
 _MAY_HAVE = {
     **{"run": str, "finished_step": int, "num_told": int, "judged_from": int},
-    **{"diverged": (str, NoneType), "draft": bool},
+    **{"diverged": (str, NoneType), "draft": bool, "image_side": int},
     "too_large": list,
 }
 """What that of 0.1 does not have."""

@@ -18,8 +18,8 @@ from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.rows import Rows
 from idefics_qlora.data.workers import Loading
 from idefics_qlora.evaluation.prompts import TOGETHER, Prompt, Prompts, loading_prompts
-from idefics_qlora.families import family_of
-from idefics_qlora.families.family import Model, Processor, check_model_and_processor
+from idefics_qlora.families import check_model_and_processor, family_of
+from idefics_qlora.families.family import Model, Processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.precision import evaluation_mode
 from idefics_qlora.notices import Notices, advising

@@ -20,8 +20,8 @@ from idefics_qlora.data.rows import RowReader, Rows
 from idefics_qlora.data.windows import Question, Window
 from idefics_qlora.data.workers import Loading
 from idefics_qlora.evaluation.predictions import Answers, Metric, metric_problems
-from idefics_qlora.families import family_of
-from idefics_qlora.families.family import Model, Processor, check_model_and_processor
+from idefics_qlora.families import check_model_and_processor, family_of
+from idefics_qlora.families.family import Model, Processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.precision import evaluation_mode

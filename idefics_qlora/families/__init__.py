@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from idefics_qlora.families.family import Family, Model, Processor
+from torch import nn
+
+from idefics_qlora.families.family import Family, Model, Processor, check_processor
 from idefics_qlora.families.idefics import Idefics
 from idefics_qlora.families.idefics3 import Idefics3, SmolVLM
 
@@ -55,3 +57,30 @@ def family_of_processor(processor: Processor) -> Family:
             return family
     known = ", ".join(family.processor_type for family in FAMILIES.values())
     raise ValueError(f"{kind} is the processor of no known architecture: expected {known}")
+
+
+def check_model_and_processor(model: Any, processor: Any) -> None:
+    """See that these are a model and a processor, in this order, and of one base.
+
+    Raises:
+        TypeError: If one of them is something else.
+        ValueError: If they are of different families, or known not to go together.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is of type {type(model).__name__}: expected the model first and then the "
+            "processor, the two that load_model returns"
+        )
+    check_processor(processor)
+    family, own = family_of(model), family_of_processor(processor)
+    reason = "" if own is not family else family.why_not(model.config, processor)
+    if own is not family:
+        reason = (
+            f"it is a {own.processor_type}, that of a {family.model_type!r} model a "
+            f"{family.processor_type}"
+        )
+    if reason:
+        raise ValueError(
+            f"the processor does not go with the model: {reason}; expected both of one base, as "
+            "load_model returns them"
+        )

@@ -9,12 +9,12 @@ Shapes: B examples, T tokens, N images per example, S the side in pixels of the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -151,6 +151,8 @@ class Family(ABC):
         parts: Parts of the model that have adapters of their own, the text's last.
         not_quantized: Linear layers that stay in the compute dtype.
         lora_targets: Modules that get adapters by default.
+        makers_lora: Arguments of the ``peft.LoraConfig`` that the makers published for fine-tuning;
+            ``None`` if there is none.
     """
 
     model_type: str
@@ -159,6 +161,7 @@ class Family(ABC):
     parts: tuple[str, ...]
     not_quantized: tuple[str, ...]
     lora_targets: tuple[str, ...]
+    makers_lora: Mapping[str, Any] | None = None
 
     @property
     def text_part(self) -> str:
@@ -202,6 +205,21 @@ class Family(ABC):
     ) -> dict[str, Tensor]:
         """Arguments of a forward pass without data, which must not depend on any."""
 
+    def why_not(self, config: PretrainedConfig, processor: Processor) -> str:
+        """Why a processor of this family is not that of a model of it; empty if it can be."""
+        return ""
+
+    def set_longest_edge(self, processor: Processor, pixels: int) -> None:
+        """Let a processor make the longest side of pictures so many pixels.
+
+        Raises:
+            ValueError: If pictures of this family have one size.
+        """
+        raise ValueError(
+            f"longest_edge={pixels}: pictures of {self.model_type!r} models have one size; leave "
+            "it out"
+        )
+
     @abstractmethod
     def reader(self, processor: Processor) -> Reader:
         """The family bound to a base's processor.
@@ -209,20 +227,6 @@ class Family(ABC):
         Raises:
             ValueError: If it is the processor of another family.
         """
-
-
-def check_model_and_processor(model: Any, processor: Any) -> None:
-    """See that these are a model and a processor, in this order.
-
-    Raises:
-        TypeError: If one of them is something else.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model is of type {type(model).__name__}: expected the model first and then the "
-            "processor, the two that load_model returns"
-        )
-    check_processor(processor)
 
 
 def check_processor(processor: Any) -> None:

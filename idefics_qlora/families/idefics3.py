@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,6 +55,17 @@ class Idefics3(Family):
     parts = ("vision tower", "connector", "text layers")
     not_quantized = ("lm_head", "embed_tokens")
     lora_targets = ("q_proj", "k_proj", "v_proj")
+    makers_lora = MappingProxyType(
+        {
+            "r": 8,
+            "lora_alpha": 8,
+            "lora_dropout": 0.1,
+            "init_lora_weights": "gaussian",
+            "target_modules": [
+                *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+            ],
+        }
+    )
 
     def model_class(self) -> type[Any]:
         """The class in ``transformers``."""
@@ -101,6 +113,30 @@ class Idefics3(Family):
     ) -> dict[str, Tensor]:
         """Arguments of a forward pass without data."""
         raise NotImplementedError(f"the memory of a {self.model_type!r} model cannot be estimated")
+
+    def why_not(self, config: PretrainedConfig, processor: Processor) -> str:
+        """Tiles must be as large, and have as many tokens, as the model's."""
+        vision = config.vision_config
+        num_tokens = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
+        tile = processor.image_processor.max_image_size["longest_edge"]
+        image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        if tile != vision.image_size:
+            return f"its tiles have {tile} pixels, the model's {vision.image_size}"
+        if processor.image_seq_len != num_tokens:
+            return f"its tiles have {processor.image_seq_len} tokens, the model's {num_tokens}"
+        if image_id != config.image_token_id:
+            return f"its image token is {image_id}, the model's {config.image_token_id}"
+        return ""
+
+    def set_longest_edge(self, processor: Processor, pixels: int) -> None:
+        """Let a processor make the longest side of pictures so many pixels."""
+        tile = processor.image_processor.max_image_size["longest_edge"]
+        if not tile <= pixels <= LARGEST_SIDE:
+            raise ValueError(
+                f"longest_edge={pixels}: expected pixels from {tile}, one tile, to {LARGEST_SIDE}, "
+                f"best a multiple of {tile}"
+            )
+        processor.image_processor.size = {"longest_edge": pixels}
 
     def reader(self, processor: Processor) -> Idefics3Reader:
         """The family bound to a base's processor."""

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import (
@@ -34,38 +34,61 @@ RECIPE: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias
 
 
 def add_lora(
-    model: PreTrainedModel, config: LoraConfig | None = None, *, seed: int = 42
+    model: PreTrainedModel,
+    config: LoraConfig | Literal["makers"] | None = None,
+    *,
+    seed: int = 42,
 ) -> PeftModel:
     """Attach trainable LoRA matrices (fp32) to a frozen base.
 
     Args:
         model: As :func:`load_model` gave it.
         config: Your own ``peft.LoraConfig``. Default: the recipe's r=16, alpha=32, dropout 0.05 on
-            ``q_proj``, ``k_proj`` and ``v_proj`` of the vision tower, the perceiver, the
-            cross-attention and the text layers, no biases. One that names no modules gets these.
+            ``q_proj``, ``k_proj`` and ``v_proj`` of all parts of the model that have them (the
+            vision tower, the perceiver, the cross-attention and the text layers), no biases. One
+            that names no modules gets these. ``"makers"``: what the makers of the base published
+            for fine-tuning (Idefics3 and SmolVLM: r=8, alpha=8, dropout 0.1, also on ``o_proj``
+            and the MLPs of the text layers).
         seed: Decides the initial values; the global generators are left as they were.
 
     Returns:
         The ``peft`` model around the base.
 
     Raises:
-        ValueError: If the model has adapters already, or ``init_lora_weights`` cannot work on this
-            base; the message says why.
+        ValueError: If the model has adapters already, or the makers published no recipe, or
+            ``init_lora_weights`` cannot work on this base; the message says why.
     """
     # peft.prepare_model_for_kbit_training is left out on purpose: its reentrant checkpointing cuts
     # the vision tower's adapters off from the gradient, because pixels require none.
-    config = LoraConfig(**RECIPE) if config is None else copy.copy(config)
+    lora = _configuration(model, config)
     if isinstance(model, PeftModel):
         raise ValueError(
             "the model has adapters already: expected the base as load_model gives it; to go on "
             "with an adapter, load_finetuned(..., trainable=True)"
         )
-    if config.target_modules is None and not config.target_parameters:
+    if lora.target_modules is None and not lora.target_parameters:
         # A set, as peft makes one of a list.
-        config.target_modules = set(family_of(model).lora_targets)
+        lora.target_modules = set(family_of(model).lora_targets)
     model.requires_grad_(False)
     with seeded(seed, model.device):
-        return attach(model, config)
+        return attach(model, lora)
+
+
+def _configuration(model: PreTrainedModel, config: LoraConfig | str | None) -> LoraConfig:
+    """What ``config`` of :func:`add_lora` stands for."""
+    if config is None:
+        return LoraConfig(**RECIPE)
+    if not isinstance(config, str):
+        return copy.copy(config)
+    family = family_of(model)
+    if config != "makers":
+        raise ValueError(f"config={config!r}: expected 'makers' or a peft.LoraConfig")
+    if family.makers_lora is None:
+        raise ValueError(
+            f"'makers': those of the {family.model_type!r} models published no recipe; leave "
+            "config out for the tutorial's, or pass a peft.LoraConfig"
+        )
+    return LoraConfig(**family.makers_lora)
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:

@@ -72,12 +72,14 @@ def load_model(
     compute_dtype: torch.dtype = torch.float16,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    longest_edge: int | None = None,
 ) -> tuple[PreTrainedModel, Processor]:
-    """Load an IDEFICS base, in 4 bits by default, and its processor.
+    """Load an IDEFICS, Idefics3 or SmolVLM base, in 4 bits by default, and its processor.
 
     Args:
-        checkpoint: Hub id (``HuggingFaceM4/idefics-9b``, ``-9b-instruct``, ``-80b``, ...) or a
-            local folder; one that :func:`save_quantized` wrote is verified, and not quantised anew.
+        checkpoint: Hub id (``HuggingFaceM4/idefics-9b``, ``-9b-instruct``, ``-80b``,
+            ``HuggingFaceTB/SmolVLM2-500M-Video-Instruct``, ...) or a local folder; one that
+            :func:`save_quantized` wrote is verified, and not quantised anew.
         quantize: NF4 with double quantisation for every linear layer except ``lm_head``;
             ``False`` keeps the weights in ``compute_dtype``.
         base_weights: ``"dequantized"`` keeps the same 4-bit values in ``compute_dtype``: the same
@@ -89,9 +91,13 @@ def load_model(
         compute_dtype: Arithmetic of the quantised layers and dtype of all that is not quantised.
         device: Where the model lives; by default the first GPU if there is one, else the CPU.
         revision: Branch, tag or commit of a Hub id.
+        longest_edge: Pixels of the longest side to which the processor resizes each picture, of
+            Idefics3 and SmolVLM: it decides how many tiles and tokens a picture has, and so what
+            an example costs; ``preview_batch`` shows them. The size of one tile for the fewest.
+            ``None``: the base's own. ``load_finetuned`` takes it from the checkpoint.
 
     Returns:
-        The frozen model in evaluation mode, and its ``IdeficsProcessor``.
+        The frozen model in evaluation mode, and its processor.
 
     Raises:
         FileNotFoundError: If a local folder, or its ``config.json``, does not exist.
@@ -159,6 +165,8 @@ def load_model(
     if device.type == "cpu":
         prepare_for_cpu(model)
     processor = AutoProcessor.from_pretrained(name, revision=revision)
+    if longest_edge is not None:
+        family.set_longest_edge(processor, longest_edge)
     # What adapters record: a saved base is a copy of that on the Hub.
     origin = origin or Origin(name, revision)
     model.name_or_path = model.config.name_or_path = origin.name or name
@@ -239,6 +247,10 @@ def load_finetuned(
             f"the adapter {folder} was trained on another base model than {base} (fingerprint "
             f"{state['base']}, here {found}): pass the right one as base=..."
         )
+    side = None if state is None else state.get("image_side")
+    family = family_of_config(model.config)
+    if "longest_edge" not in load_options and side not in (None, family.reader(processor).side):
+        family.set_longest_edge(processor, side)  # as it was trained
     # peft would warn that it is called otherwise now.
     config.base_model_name_or_path = config.revision = None
     peft_model = attach(model, config)

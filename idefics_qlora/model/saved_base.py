@@ -28,7 +28,8 @@ from idefics_qlora.durable import (
     sync_folder,
     write_synced,
 )
-from idefics_qlora.families.family import Processor, check_model_and_processor
+from idefics_qlora.families import check_model_and_processor
+from idefics_qlora.families.family import Processor
 from idefics_qlora.machine import library_versions
 from idefics_qlora.model.base_weights import linear4bit_layers
 from idefics_qlora.model.precision import compute_dtype

@@ -20,8 +20,8 @@ from idefics_qlora.data.order import EvalBatches, epoch_order
 from idefics_qlora.data.pace import Reading, chosen_workers
 from idefics_qlora.data.rows import RowReader, Rows
 from idefics_qlora.evaluation.predictions import Metric, metric_problems
-from idefics_qlora.families import family_of
-from idefics_qlora.families.family import Processor, check_model_and_processor
+from idefics_qlora.families import check_model_and_processor, family_of
+from idefics_qlora.families.family import Processor
 from idefics_qlora.images.access import ImageAccess
 from idefics_qlora.images.kept import kept_pictures
 from idefics_qlora.model.adapters import check_trainable
@@ -103,6 +103,7 @@ def check_inputs(
         "train_rows": fingerprint,
         "eval_rows": None,
         "draft": access.draft,
+        "image_side": collator.reader.side,
     }
     held_out = eval_seen = None
     if eval_rows is not None:
