@@ -203,7 +203,11 @@ class Family(ABC):
         images: int,
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
-        """Arguments of a forward pass without data, which must not depend on any."""
+        """Arguments of :meth:`traced_forward`, without data."""
+
+    def traced_forward(self, model: PeftModel, inputs: dict[str, Tensor]) -> Any:
+        """A training's forward pass that depends on no data; what it returns holds the graph."""
+        return model(**inputs, use_cache=False)
 
     def why_not(self, config: PretrainedConfig, processor: Processor) -> str:
         """Why a processor of this family is not that of a model of it; empty if it can be."""

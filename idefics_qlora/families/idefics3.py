@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from transformers import (
 
 from idefics_qlora.families.family import Family, Model, Processor
 from idefics_qlora.families.tiles import LARGEST_SIDE, Idefics3Reader
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class Idefics3(Family):
@@ -82,8 +85,33 @@ class Idefics3(Family):
         images: int,
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
-        """Arguments of a forward pass without data."""
-        raise NotImplementedError(f"the memory of a {self.model_type!r} model cannot be estimated")
+        """Tiles, and a text in which they have no place yet; ``images`` are tiles."""
+        side, hidden = config.vision_config.image_size, config.text_config.hidden_size
+        return {
+            "pixel_values": torch.empty(micro_batch * images, 3, side, side, dtype=dtype),
+            "inputs_embeds": torch.empty(micro_batch, text_tokens, hidden, dtype=dtype),
+        }
+
+    def traced_forward(self, model: PeftModel, inputs: dict[str, Tensor]) -> Any:
+        """The model's parts one after the other.
+
+        Its own forward looks for padding among the tiles and for the places of their features,
+        which without data cannot be.
+        """
+        base = model.get_base_model()
+        vision = base.model.vision_model
+        tiles = inputs["pixel_values"]
+        side = vision.embeddings.num_patches_per_side
+        seen = torch.ones(len(tiles), side, side, dtype=torch.bool)
+        embedded = vision.embeddings(pixel_values=tiles, patch_attention_mask=seen)
+        encoded = vision.encoder(inputs_embeds=embedded, attention_mask=None).last_hidden_state
+        features = base.model.connector(vision.post_layernorm(encoded)).flatten(0, 1)
+        texts = inputs["inputs_embeds"]
+        num_places = texts.shape[0] * texts.shape[1]
+        # A copy of the texts with features at some places, as the model makes it.
+        merged = torch.cat([features, texts.flatten(0, 1)])[:num_places].view_as(texts)
+        output = base.model.text_model(inputs_embeds=merged.to(texts.dtype), use_cache=False)
+        return base.lm_head(output.last_hidden_state)
 
     def why_not(self, config: PretrainedConfig, processor: Processor) -> str:
         """Tiles must be as large, and have as many tokens, as the model's."""

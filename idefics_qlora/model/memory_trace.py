@@ -258,7 +258,7 @@ def traced_forward(
         _cuda_autocast(dtype),
         saved_tensors_hooks(recorder.pack, lambda handle: handle.tensor),
     ):
-        output = model(**batch, use_cache=False)
+        output = family.traced_forward(model, batch)
         saved = recorder.result()
     del output  # and with it the graph
     for hook in hooks:
