@@ -44,12 +44,9 @@ def load_model(*, family: str = "idefics", **kwargs: Any) -> tuple[PreTrainedMod
     """
     # Imported late: drawing cards needs neither torch nor transformers.
     from idefics_qlora.model.loading import load_model as load
-
-    if family == "idefics":
-        return load(BASE, **kwargs)
     from idefics_qlora.tiny.successors import BUILDERS, built
 
-    if family not in BUILDERS:
-        known = ", ".join(["idefics", *BUILDERS])
-        raise ValueError(f"family={family!r}: expected one of {known}")
-    return load(built(family), **kwargs)
+    known = ["idefics", *BUILDERS]
+    if family not in known:
+        raise ValueError(f"family={family!r}: expected one of {', '.join(known)}")
+    return load(built(family) if family in BUILDERS else BASE, **kwargs)
