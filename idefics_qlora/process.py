@@ -6,6 +6,7 @@ Nothing here knows the loop; it asks these objects and decides.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -103,6 +104,8 @@ class RunLock:
     def __enter__(self) -> RunLock:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists() and not self._path.is_file():  # a pipe would open as well
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
             self._lock.acquire(blocking=False)
         except Timeout:
             holder = "one that has not said its name"

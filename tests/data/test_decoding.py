@@ -184,7 +184,7 @@ def test_the_first_rows_are_decoded_whatever_is_kept(base, processor, rows, tmp_
     for run in range(2):
         config = config_of(tmp_path / str(run), max_steps=2, cache_images="disk")
         model = iq.add_lora(copy.deepcopy(base))
-        inputs = check_inputs(model, processor, rows, None, config, CAPTIONS, DEFAULT_ACCESS)
+        inputs = check_inputs(model, processor, rows, None, config, CAPTIONS, DEFAULT_ACCESS, {})
         files = list(KeptOnDisk(DEFAULT_ACCESS).folder.glob("*/*"))
         assert len(files) == 12 * run
         assert inputs.reading.seconds > 0
