@@ -13,6 +13,7 @@ their blocks, and what others do to a parameter meanwhile.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -389,26 +390,28 @@ def _view(flat: Tensor, start: int, like: Tensor) -> Tensor:
     return flat[start : start + like.numel()].view(like.shape)
 
 
-class _Moments:
+class _Moments(ABC):
     """Flat moments of one kind."""
 
     step_is_tensor = False
 
+    @abstractmethod
     def __init__(self, size: int, device: torch.device) -> None:
-        raise NotImplementedError
+        """Zeros for so many elements."""
 
+    @abstractmethod
     def flat(self) -> Iterable[Tensor]:
         """The flat tensors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self, slot: _Slot) -> dict[str, Tensor]:
         """Those of one parameter: views, under the names of the optimizer that has them singly."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(
         self, weights: Tensor, gradients: Tensor, part: slice, step: int, group: Mapping[str, Any]
     ) -> None:
-        raise NotImplementedError
+        """One step of a part of the flat memory."""
 
     def check(self, slot: _Slot, state: Mapping[str, Any]) -> None:
         expected = {key: tuple(t.shape) for key, t in self.tensors(slot).items()}
