@@ -3,6 +3,7 @@
 # make test-quick   run the tests that take less than ten seconds each
 # make test-faults  kill training fifty times, at random moments and inside saves
 # make lint         check style and types
+# make docs         build the documentation site in site/, strictly and offline
 # make clean        remove the environment and all results
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find idefics_qlora -type f -not -path '*/__pycache__/*')
 
-.PHONY: quickstart test test-quick test-faults lint clean
+.PHONY: quickstart test test-quick test-faults lint docs clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -29,8 +30,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs site
 
 # The dependencies, once; torch and torchvision together, at versions known to work.
 $(VENV)/dependencies: setup.cfg pyproject.toml constraints.txt

@@ -16,15 +16,18 @@ from idefics_qlora.data.formats import as_example
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "idefics_qlora"
 TESTS = ROOT / "tests"
-PAGES = {path.name: path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]}
+PAGES = {path.name: path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]}
 DATA = PAGES["data.md"].read_text(encoding="utf-8")
 
 INSTEAD_OF_THE_HUB = {
     "HuggingFaceM4/idefics-9b": str(iq.tiny.BASE),
     "max_steps=200": "max_steps=2",
+    "max_steps=160": "max_steps=2",
+    "creature_cards(1000": "creature_cards(32",
+    "creature_cards(32, seed=1": "creature_cards(4, seed=1",
     "checkpoint-200": "checkpoint-2",
 }
-"""In a block that needs the ``hub``: a base as small as its run is short."""
+"""In a block that needs the ``hub``, or minutes: a base as small as its run is short."""
 
 
 def blocks(page):
@@ -50,6 +53,21 @@ def given(cards, request):
     }
 
 
+def lay_out_files(cards):
+    """What a block that needs ``files`` finds: folders of pictures as its page describes them."""
+    places = [("train", 0), ("train", 1), ("train", 2), ("val", 0), ("val", 1)]
+    for card, (of, number) in zip(cards, places, strict=False):
+        kind, name = ("leaf", "spark")[number % 2], f"{number}.png"
+        for folder in (f"photos/{of}", f"kinds/{of}/{kind}"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            card["image"].save(f"{folder}/{name}")
+        with open(f"photos/{of}/metadata.csv", "a") as file:
+            file.write("" if file.tell() else "file_name,text\n")
+            file.write(f"{name},A {kind} creature.\n")
+    columns = [{"image": card["image"], "text": card["name"]} for card in cards[:8]]
+    Dataset.from_list(columns).to_parquet("photos/0.parquet")
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in PAGES[page].read_text()])
 def test_every_block_of_python_runs(page, cards, tmp_path, monkeypatch, request):
     """One after the other in one namespace, in a folder with the pictures that the pages name."""
@@ -67,6 +85,9 @@ def test_every_block_of_python_runs(page, cards, tmp_path, monkeypatch, request)
             needs = needs[1:]
             for there, here in INSTEAD_OF_THE_HUB.items():
                 block = block.replace(there, here)
+        if needs == ["files"]:
+            lay_out_files(cards)
+            needs = []
         if needs:
             assert needs[0] == "with", f"what does {info!r} mean?"
             has = given(cards, request)[page]

@@ -1,0 +1,162 @@
+"""The documentation site: it builds, its links lead somewhere, and it says what is so."""
+
+import ast
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import site_pages
+import yaml
+
+import idefics_qlora as iq
+from idefics_qlora import cli
+from idefics_qlora.config import GROUPS
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+MESSAGES = re.findall(
+    r"^```text\n(.*?)\n```$",
+    (DOCS / "troubleshooting.md").read_text(encoding="utf-8"),
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def literals(tree):
+    """Every text of a module, with ``...`` where an f-string has a value."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(v.value if isinstance(v, ast.Constant) else "..." for v in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+@pytest.fixture(scope="module")
+def source():
+    """The texts of the package."""
+    files = Path(iq.__file__).parent.rglob("*.py")
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    return "\n".join(text for tree in trees for text in literals(tree))
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_messages_are_those_of_the_source(message, source):
+    """Who looks for a message finds it: none is quoted otherwise than it is raised."""
+    assert len(message) > 20
+    for part in message.split("..."):
+        assert part in source, part
+
+
+def test_a_message_that_nothing_raises_is_found(source):
+    """The control of the test above; and there are messages."""
+    assert "output_dir is in use by somebody" not in source
+    assert len(MESSAGES) > 20
+
+
+def test_every_setting_is_on_the_page():
+    """By group, with its default and its explanation."""
+    page = site_pages.settings_page()
+    for field in dataclasses.fields(iq.TrainConfig):
+        (row,) = re.findall(rf"^\| `{field.name}` \|.*$", page, re.MULTILINE)
+        cells = re.split(r" \| (?=(?:[^`]*`[^`]*`)*[^`]*$)", row.strip("| "))
+        assert cells[2] in (f"`{field.default!r}`", "must be given"), row
+        assert len(cells[3]) > 20, row
+    assert re.findall(r"^## (\w+)", page, re.MULTILINE) == [g.capitalize() for g in GROUPS]
+    assert site_pages.ABOUT.keys() == GROUPS.keys()
+
+
+def test_every_public_name_is_in_the_reference():
+    """And no other."""
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    named = re.findall(r"^::: idefics_qlora\.(\w+)$", page, re.MULTILINE)
+    assert sorted([*named, "__version__"]) == sorted(iq.__all__)
+
+
+class Links(HTMLParser):
+    """The targets of a page's links and pictures, and the names within it."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.targets, self.names = set(), {""}
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        for key, value in attributes:
+            if key in ("href", "src") and value:
+                self.targets.add(value)
+            elif key in ("id", "name") and value:
+                self.names.add(value)
+
+
+def test_the_site_is_built_and_every_link_leads_somewhere(tmp_path):
+    """Strictly, without a network, with every page, and nothing that is fetched from elsewhere."""
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {p.resolve(): Links(p) for p in (tmp_path / "site").rglob("*.html")}
+    assert len(pages) > 20
+    for page, links in pages.items():
+        if page.name == "404.html":  # its links are absolute, for it is shown anywhere
+            continue
+        for target in links.targets:
+            parts = urlsplit(target)
+            if parts.scheme:
+                assert parts.hostname == "squidfunk.github.io", f"{page.name}: {target}"
+                continue
+            there = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            assert there.exists(), f"{page.name}: {target}"
+            if there in pages:
+                assert unquote(parts.fragment) in pages[there].names, f"{page.name}: {target}"
+
+
+def test_the_job_runs_as_it_is_shown(cards, tmp_path, monkeypatch, capfd):
+    """The configuration file and the commands of the page, one after the other."""
+    import test_docs
+
+    monkeypatch.chdir(tmp_path)
+    test_docs.lay_out_files(cards)
+    page = (DOCS / "how_to" / "job.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```text\n(model: .*?)```", page, re.DOTALL)
+    Path("run.yaml").write_text(text)
+    assert yaml.safe_load(text)["train"]["max_steps"] == 4
+    commands = re.findall(rf"^    {cli.PROG} (.*)$", page, re.MULTILINE)
+    assert [words.split()[0] for words in commands] == ["train", "evaluate", "generate"]
+    for words in commands:
+        assert cli.main(words.split()) == cli.DONE, capfd.readouterr().err
+    assert Path("texts.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_pictures_are_drawn_from_a_run(tmp_path):
+    """Anyone can draw them again: a terminal's last look, the losses, the samples, a preview."""
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "tools" / "site_pictures.py"),
+            *("--max-steps", "20", "--output", str(tmp_path)),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for name, shown in [
+        ("terminal", "Held-out loss"),
+        ("loss", "<polyline"),
+        ("samples", "data:image/png;base64,"),
+        ("preview", "sees image 0"),
+    ]:
+        drawn = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")
+        kept = (DOCS / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
+        assert shown in drawn
+        assert shown in kept
