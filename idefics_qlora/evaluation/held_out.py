@@ -23,7 +23,7 @@ from idefics_qlora.evaluation.predictions import Answers, Metric, metric_problem
 from idefics_qlora.families import check_model_and_processor, family_of
 from idefics_qlora.families.family import Model, Processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
-from idefics_qlora.model.loss import summed_cross_entropy
+from idefics_qlora.model.loss import predictions
 from idefics_qlora.model.precision import evaluation_mode
 from idefics_qlora.notices import advising
 from idefics_qlora.progress import counting
@@ -143,9 +143,8 @@ def mean_loss(
             num_examples += len(window.rows)
             num_targets += window.num_targets
             batch = window.batch.to(device)
-            logits = model(**batch.inputs(), use_cache=False).logits
-            total += summed_cross_entropy(logits, batch.labels)
-            del logits, batch  # before there are others
+            total += predictions(model, batch).summed()
+            del batch  # before there is another
             if window.questions:
                 total.item()  # sync
                 asked = time.perf_counter()

@@ -23,7 +23,7 @@ from idefics_qlora.evaluation.generation import generate_from_tokens
 from idefics_qlora.families import check_model_and_processor, family_of
 from idefics_qlora.families.family import Model, Processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
-from idefics_qlora.model.loss import summed_cross_entropy
+from idefics_qlora.model.loss import predictions
 from idefics_qlora.model.precision import evaluation_mode
 from idefics_qlora.notices import advising
 
@@ -282,8 +282,6 @@ def _losses(
             # Another picture may have another number of tokens.
             placed = list(map(collator.placed, tokens[part], pixels[part]))
             batch: Batch = collator.collate(placed, pixels[part]).to(device)
-            logits = model(**batch.inputs(), use_cache=False).logits
-            for row_logits, labels in zip(logits, batch.labels, strict=True):
-                loss = summed_cross_entropy(row_logits[None], labels[None])
-                sums.append(torch.stack([loss, (labels[1:] != IGNORE).sum()]))
-    return torch.stack(sums).double().cpu().numpy()  # sync
+            losses = predictions(model, batch).by_example(len(batch.labels))
+            sums.append(torch.stack([losses, (batch.labels[:, 1:] != IGNORE).sum(1)], dim=1))
+    return torch.cat(sums).double().cpu().numpy()  # sync

@@ -153,6 +153,7 @@ class Family(ABC):
         lora_targets: Modules that get adapters by default.
         makers_lora: Arguments of the ``peft.LoraConfig`` that the makers published for fine-tuning;
             ``None`` if there is none.
+        head_on_targets: Whether the model's own pass computes logits for targets alone.
     """
 
     model_type: str
@@ -162,6 +163,7 @@ class Family(ABC):
     not_quantized: tuple[str, ...]
     lora_targets: tuple[str, ...]
     makers_lora: Mapping[str, Any] | None = None
+    head_on_targets: bool = True
 
     @property
     def text_part(self) -> str:
@@ -183,6 +185,16 @@ class Family(ABC):
     @abstractmethod
     def vocabulary(self, config: PretrainedConfig) -> int:
         """V, the classes of the model's logits."""
+
+    def most_targets(self, config: PretrainedConfig, num_tokens: int, num_images: int) -> int:
+        """How many of an example's tokens can be targets at most.
+
+        Args:
+            config: The base model's configuration.
+            num_tokens: Text tokens, those of images included.
+            num_images: Images, or tiles.
+        """
+        return num_tokens
 
     @abstractmethod
     def training_flops(self, config: PretrainedConfig, num_tokens: int, num_images: int) -> float:

@@ -59,6 +59,14 @@ class Idefics3(Family):
         """V, the classes of the model's logits."""
         return int(config.text_config.vocab_size)
 
+    def most_targets(self, config: PretrainedConfig, num_tokens: int, num_images: int) -> int:
+        """Tokens that are no tile's."""
+        return max(1, num_tokens - num_images * self._tokens_of_a_tile(config))
+
+    def _tokens_of_a_tile(self, config: PretrainedConfig) -> int:
+        vision = config.vision_config
+        return int((vision.image_size // vision.patch_size // config.scale_factor) ** 2)
+
     def training_flops(self, config: PretrainedConfig, num_tokens: int, num_images: int) -> float:
         """Floating-point operations of forward and backward over a frozen base.
 
@@ -116,7 +124,7 @@ class Idefics3(Family):
     def why_not(self, config: PretrainedConfig, processor: Processor) -> str:
         """Tiles must be as large, and have as many tokens, as the model's."""
         vision = config.vision_config
-        num_tokens = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
+        num_tokens = self._tokens_of_a_tile(config)
         tile = processor.image_processor.max_image_size["longest_edge"]
         image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
         if tile != vision.image_size:

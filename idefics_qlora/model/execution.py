@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from idefics_qlora.data.batches import Batch
 from idefics_qlora.model.graphs import FastPath
 from idefics_qlora.model.lora_linear import HOOKS_OF_ALL, has_other_forward, hooks_of
-from idefics_qlora.model.loss import summed_cross_entropy
+from idefics_qlora.model.loss import predictions
 from idefics_qlora.model.precision import autocast
 
 logger = logging.getLogger(__name__)
@@ -86,8 +86,8 @@ class Eager:
     ) -> Tensor:
         """As :class:`Execution` says."""
         with autocast(self._device, self._dtype):
-            logits = self._model(**batch.inputs(), use_cache=False).logits  # (B, T, V)
-        loss = summed_cross_entropy(logits, batch.labels) / num_targets
+            predicted = predictions(self._model, batch)
+        loss = predicted.summed() / num_targets
         scaler.scale(loss).backward()
         return loss.detach()
 

@@ -300,7 +300,10 @@ def _layer_by_layer(
     def line(at_two: int, at_three: int) -> Bytes:
         return Bytes(3 * at_two - 2 * at_three, at_three - at_two)
 
-    num_logits = text_tokens * family_of_config(config).vocabulary(config)
+    family = family_of_config(config)
+    num_logits = family.vocabulary(config) * (
+        family.most_targets(config, text_tokens, images) if family.head_on_targets else text_tokens
+    )
     logits, loss = Bytes(0, num_logits * dtype.itemsize), Bytes(0, num_logits * LOSS_BYTES)
     largest = max(range(len(three.inside)), key=three.inside.__getitem__)
     # At most: the gradients of gate, up and their product beside an MLP's weight, dequantised.

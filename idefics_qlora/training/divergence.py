@@ -18,7 +18,7 @@ from idefics_qlora.data.batches import Batch
 from idefics_qlora.data.windows import Window
 from idefics_qlora.durable import CheckpointError
 from idefics_qlora.model.adapters import adapter_tensors, load_adapter, without_adapter
-from idefics_qlora.model.loss import summed_cross_entropy
+from idefics_qlora.model.loss import predictions
 from idefics_qlora.model.precision import evaluation_mode
 from idefics_qlora.training.micro_batch import size_for
 from idefics_qlora.training.state import TrainState
@@ -76,8 +76,7 @@ class Divergence:
         total = 0.0
         with evaluation_mode(self._model):
             for batch in self._batches:
-                logits = self._model(**batch.inputs(), use_cache=False).logits
-                total += summed_cross_entropy(logits, batch.labels).item()  # sync
+                total += predictions(self._model, batch).summed().item()  # sync
         return total / sum(batch.num_targets for batch in self._batches)
 
 

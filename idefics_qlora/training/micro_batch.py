@@ -83,8 +83,10 @@ class FirstSize:
         if (estimate := pass_estimate(state, window)) is not None:
             config = state.config
             # An evaluation cannot use the memory of graphs.
-            classes = family_of(state.model).vocabulary(state.model.get_base_model().config)
-            logits = config.eval_batch_size * max(window.lengths) * classes * LOSS_BYTES
+            family, base_config = family_of(state.model), state.model.get_base_model().config
+            sizes = zip(window.lengths, window.images, strict=True)
+            targets = max(family.most_targets(base_config, *size) for size in sizes)
+            logits = config.eval_batch_size * targets * family.vocabulary(base_config) * LOSS_BYTES
             self._room -= estimate.passing(config.eval_batch_size, True) + logits
             beside = estimate.copies + WORKSPACE_BYTES  # not there yet
             self._fixed = estimate.passing(0) + beside

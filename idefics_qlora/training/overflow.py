@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from idefics_qlora.checkpoint import checkpoints
 from idefics_qlora.data.batches import Batch
 from idefics_qlora.data.windows import Window
+from idefics_qlora.families.family import Model
+from idefics_qlora.model.loss import predictions
 from idefics_qlora.model.precision import DTYPES, autocast
 from idefics_qlora.training.divergence import Divergence, divergence
 from idefics_qlora.training.micro_batch import size_for
@@ -23,7 +25,7 @@ from idefics_qlora.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-def first_nonfinite_module(model: nn.Module, batches: Iterable[Batch]) -> str | None:
+def first_nonfinite_module(model: Model, batches: Iterable[Batch]) -> str | None:
     """Name of the first module, in the order of execution, with an output that is not finite.
 
     Runs the forward pass again, without gradients, under the caller's autocast; every module waits
@@ -45,7 +47,7 @@ def first_nonfinite_module(model: nn.Module, batches: Iterable[Batch]) -> str | 
     try:
         with torch.no_grad():
             for batch in batches:
-                model(**batch.inputs(), use_cache=False)
+                predictions(model, batch)
                 if found:
                     return found[0]
     finally:

@@ -103,7 +103,7 @@ def test_an_infinite_loss_is_an_overflow(lora, processor, examples, tmp_path, mo
         losses.append(real(logits, labels))
         return losses[-1] + (torch.inf if len(losses) == 1 else 0.0)
 
-    monkeypatch.setattr("idefics_qlora.model.execution.summed_cross_entropy", infinite_once)
+    monkeypatch.setattr("idefics_qlora.model.loss.summed_cross_entropy", infinite_once)
     config = config_of(tmp_path, max_steps=1)
     result = iq.train(lora, processor, examples, config=config)
     assert result.metrics["skipped_windows"] == 1
