@@ -9,9 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
+import functools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,31 +80,51 @@ def picture() -> Image.Image:
 
 
 @pytest.fixture(scope="session")
-def loaded() -> tuple:
-    """The tiny base in 4 bits and its processor, for fixtures that are made once: copy the base."""
-    return iq.tiny.load_model(device="cpu")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple]:
+    """A family's tiny base in 4 bits and its processor, loaded once: copy the base."""
+    folder = tmp_path_factory.mktemp("bases")
+
+    @functools.cache
+    def load(family: str) -> tuple:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("IDEFICS_QLORA_CACHE", str(folder))
+            return iq.tiny.load_model(family=family, device="cpu")
+
+    return load
 
 
 @pytest.fixture
-def base(loaded: tuple):
+def family(request: pytest.FixtureRequest) -> str:
+    """Whose base and processor a test gets: IDEFICS', or each one's (``helpers.every_family``)."""
+    return getattr(request, "param", "idefics")
+
+
+@pytest.fixture(scope="session")
+def loaded(bases: Callable[[str], tuple]) -> tuple:
+    """IDEFICS' base and processor, for fixtures that are made once: copy the base."""
+    return bases("idefics")
+
+
+@pytest.fixture
+def base(bases: Callable[[str], tuple], family: str):
     """The tiny base in 4 bits; a copy, so that a test may do with it what it likes."""
-    return copy.deepcopy(loaded[0])
+    return copy.deepcopy(bases(family)[0])
 
 
-@pytest.fixture(scope="session")
-def processor(loaded: tuple):
+@pytest.fixture
+def processor(bases: Callable[[str], tuple], family: str):
     """The tiny base's processor."""
-    return loaded[1]
+    return bases(family)[1]
 
 
 @pytest.fixture(scope="session")
-def instruct_processor(processor, tmp_path_factory: pytest.TempPathFactory):
+def instruct_processor(loaded, tmp_path_factory: pytest.TempPathFactory):
     """The tiny base's processor with ``<end_of_utterance>``, as the -instruct bases have it.
 
     The token takes the place of the vocabulary's last one, so that the model embeds it.
     """
     folder = tmp_path_factory.mktemp("instruct")
-    processor.save_pretrained(folder)
+    loaded[1].save_pretrained(folder)
     file = folder / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -139,4 +160,17 @@ def examples(cards: list[dict]) -> list[iq.Example]:
     return [
         iq.Example([card["image"], QUESTION], f" This is {card['name']}." + " It is." * (i % 7))
         for i, card in enumerate(cards)
+    ]
+
+
+@pytest.fixture(scope="session")
+def mixed(cards: list[dict], examples: list[iq.Example]) -> list[iq.Example]:
+    """Pictures of several shapes, two in a row, texts without, and a dialogue."""
+    wide = cards[1]["image"].resize((200, 60))
+    turns = [iq.Turn("user", [wide, "Who?"]), iq.Turn("assistant", "Nobody.", is_target=True)]
+    return [
+        *examples[:9],
+        iq.Example([wide, examples[3].prompt[0], "Which is wider?"], " The first."),
+        iq.Example(["Is there a picture?"], " No."),
+        iq.Example([*turns, iq.Turn("user", "Sure?")], "Yes."),
     ]

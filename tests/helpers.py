@@ -6,11 +6,17 @@ import json
 import logging
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
+from idefics_qlora.tiny.successors import BUILDERS
+
+SUCCESSORS = sorted(BUILDERS)
+every_family = pytest.mark.parametrize("family", ["idefics", *SUCCESSORS], indirect=True)
+"""A test with this mark gets ``base``, ``processor`` and ``lora`` of each family in turn."""
 
 
 def config_of(folder, **changes):

@@ -7,7 +7,6 @@ import torch
 from helpers import config_of, differences
 
 import idefics_qlora as iq
-from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.data.batches import Collator
 
 QUESTION = "Question: What's on the picture? Answer:"
@@ -19,16 +18,8 @@ def lora(base):
 
 
 @pytest.fixture
-def rows(cards, examples):
-    """Pictures of several shapes, two in a row, texts without, and a dialogue."""
-    wide = cards[1]["image"].resize((200, 60))
-    turns = [iq.Turn("user", [wide, "Who?"]), iq.Turn("assistant", "Nobody.", is_target=True)]
-    return [
-        *examples[:9],
-        iq.Example([wide, examples[3].prompt[0], "Which is wider?"], " The first."),
-        iq.Example(["Is there a picture?"], " No."),
-        iq.Example([*turns, iq.Turn("user", "Sure?")], "Yes."),
-    ]
+def rows(mixed):
+    return mixed
 
 
 def test_it_learns(lora, processor, rows, tmp_path):
@@ -72,22 +63,6 @@ def stop_after(steps):
             raise RuntimeError("enough")
 
     return on_log
-
-
-def test_the_window_does_not_depend_on_the_micro_batch(base, processor, rows, tmp_path):
-    """1 x 8, 2 x 4 and 8 x 1 give the same adapter, up to rounding, also where rows differ."""
-    adapters = []
-    for size in (1, 3, 8):
-        model = iq.add_lora(copy.deepcopy(base))
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        config = config_of(tmp_path / str(size), max_steps=2, micro_batch_size=size, save_steps=2)
-        iq.train(model, processor, rows, config=config)
-        adapters.append(load_checkpoint(tmp_path / str(size) / "checkpoint-2").adapter)
-    for other in adapters[1:]:
-        for name, tensor in adapters[0].items():
-            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=2e-5)
 
 
 def test_coverage_names_the_parts(lora, processor, rows, tmp_path, caplog):
