@@ -359,7 +359,7 @@ def watched(meter: Meter) -> Iterator[None]:
         tokens, counts = sum(lengths), path.counts
         before = counts.graphs + counts.eager
         loss = fast(path, batch, *args, lengths=lengths, **options)
-        rows = shape_of(len(lengths), tokens, max(lengths), tokens, 1).rows
+        rows = shape_of(len(lengths), tokens, max(lengths), tokens, 1, 1).rows
         meter.note_slots(rows if batch.labels.is_cuda else tokens)
         meter.counts = counts
         if path.why_eager is None and counts.graphs + counts.eager > before:

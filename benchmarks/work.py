@@ -168,8 +168,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             path = FastPath(model, dtype)
             path.begin_window()
             tokens = options.examples * options.num_tokens
-            shape = Shape(options.examples, options.num_tokens, tokens, tokens, 1)
-            inputs = path._inputs(batch, shape, 100, None)
+            shape = Shape(options.examples, options.num_tokens, tokens, tokens, 1, options.examples)
+            inputs = path._inputs(batch, shape, 100, [1] * options.examples, None)
             launches.clear()
             with memory_trace.FusedAttentionMode():
                 now = measure(lambda: path._pass(shape, inputs), model)

@@ -36,6 +36,10 @@ def lengths_of(batch: Batch) -> list[int]:
     return batch.attention_mask.sum(1).tolist()
 
 
+def images_of(batch: Batch) -> list[int]:
+    return batch.vision.sees().any(1).sum(1).tolist()
+
+
 def gradient(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -43,4 +47,4 @@ def gradient(model):
 def check_equal(actual, expected, tolerance):
     torch.testing.assert_close(actual[0], expected[0], rtol=tolerance, atol=0)
     difference = (actual[1] - expected[1]).norm() / expected[1].norm()
-    assert difference < tolerance
+    assert difference < tolerance, difference

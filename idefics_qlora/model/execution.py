@@ -42,6 +42,7 @@ class Execution(Protocol):
         num_targets: int,
         *,
         lengths: Sequence[int],
+        images: Sequence[int],
         scaler: torch.amp.GradScaler,
     ) -> Tensor:
         """Add the scaled gradient of a micro-batch to the ``.grad`` that is there.
@@ -51,6 +52,7 @@ class Execution(Protocol):
             num_targets: Target tokens of the whole window. Divided by them, the micro-batches'
                 gradients add up to that of the window's mean, whatever their lengths.
             lengths: Tokens of each example of the micro-batch.
+            images: Images of each.
             scaler: Has the scale of the loss.
 
         Returns:
@@ -82,6 +84,7 @@ class Eager:
         num_targets: int,
         *,
         lengths: Sequence[int],
+        images: Sequence[int],
         scaler: torch.amp.GradScaler,
     ) -> Tensor:
         """As :class:`Execution` says."""
@@ -136,15 +139,18 @@ class Fast:
         num_targets: int,
         *,
         lengths: Sequence[int],
+        images: Sequence[int],
         scaler: torch.amp.GradScaler,
     ) -> Tensor:
         """As :class:`Execution` says."""
         if self._is_eager:
             return self._eager.micro_batch_backward(
-                batch, num_targets, lengths=lengths, scaler=scaler
+                batch, num_targets, lengths=lengths, images=images, scaler=scaler
             )
         scale = scaler.scale(self._one)
-        return self._path.micro_batch_backward(batch, num_targets, lengths=lengths, scale=scale)
+        return self._path.micro_batch_backward(
+            batch, num_targets, lengths=lengths, images=images, scale=scale
+        )
 
     def close(self) -> None:
         """Free the graphs, and give every layer its own forward back; the log says how many."""

@@ -755,7 +755,12 @@ def target_loss(hidden: Tensor, rows: Tensor, head: Any, labels: Tensor) -> Tens
 
 
 def hidden_states(
-    model: Any, blocks: FusedBlocks, embeddings: Tensor, pixels: Tensor, image_mask: Tensor
+    model: Any,
+    blocks: FusedBlocks,
+    embeddings: Tensor,
+    pixels: Tensor,
+    picture_at: Tensor,
+    image_mask: Tensor,
 ) -> Tensor:
     """The last hidden states (M, D) of an IDEFICS model over packed rows.
 
@@ -763,16 +768,20 @@ def hidden_states(
         model: The base (not ``peft``'s wrapper).
         blocks: Its blocks, active.
         embeddings: (M, D).
-        pixels: (B, N, 3, S, S), normalised.
+        pixels: (P, 3, S, S), normalised.
+        picture_at: (P,): where among all B N images each is; the others pad.
         image_mask: (B, T, N) bool: which image a token attends to.
     """
     inner, packing = model.model, blocks.packing
-    examples, images = pixels.shape[:2]
-    features = inner.vision_model(pixel_values=pixels.flatten(0, 1).to(inner.dtype))
+    examples, _, images = image_mask.shape
+    features = inner.vision_model(pixel_values=pixels.to(inner.dtype))
     features = features.last_hidden_state
     if inner.config.use_resampler:
         features = inner.perceiver_resampler(features)
     latents = features.shape[1]
+    if len(features) < examples * images:  # nobody attends to the others
+        none = features.new_zeros(examples * images, *features.shape[1:])
+        features = none.index_copy(0, picture_at, features)
     features = features.reshape(examples, images * latents, -1)
     sees = image_mask.repeat_interleave(latents, dim=2)[:, None]  # (B, 1, T, N L)
     # In the dtype of attention: the least number of a larger one would be rounded to -inf, and

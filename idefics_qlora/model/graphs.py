@@ -51,13 +51,17 @@ class Shape:
     """R"""
     images: int
     """N"""
+    pictures: int
+    """P, that the vision tower sees; B N, where all examples have the same number."""
 
 
-def shape_of(examples: int, num_tokens: int, longest: int, targets: int, images: int) -> Shape:
+def shape_of(
+    examples: int, num_tokens: int, longest: int, targets: int, images: int, pictures: int
+) -> Shape:
     """The shape that a micro-batch is padded to, so that shapes come again.
 
     Rows are rounded up by 3 % at most (but to multiples of 16), lengths to multiples of 32, targets
-    to quarters of the rows.
+    to quarters of the rows, pictures to eighths of what there is room for.
 
     Args:
         examples: B.
@@ -65,7 +69,9 @@ def shape_of(examples: int, num_tokens: int, longest: int, targets: int, images:
         longest: Tokens of the longest.
         targets: Rows with a target, at most.
         images: N.
+        pictures: Images of all examples.
     """
+    eighth = -(-examples * images // 8)
     step = min(max(16, 2 ** (num_tokens.bit_length() - 6)), 256)
     rows = -(-num_tokens // step) * step
     quarter = -(-rows // 4)
@@ -75,6 +81,7 @@ def shape_of(examples: int, num_tokens: int, longest: int, targets: int, images:
         rows,
         min(-(-max(1, targets) // quarter) * quarter, rows),
         images,
+        min(-(-max(1, pictures) // eighth) * eighth, examples * images),
     )
 
 
@@ -207,6 +214,7 @@ class FastPath:
         num_targets: int,
         *,
         lengths: Sequence[int],
+        images: Sequence[int],
         scale: Tensor | None = None,
         micro_targets: int | None = None,
     ) -> Tensor:
@@ -216,6 +224,7 @@ class FastPath:
             batch: On the device of the model, padded on the right.
             num_targets: Target tokens of the whole window, which the loss is divided by.
             lengths: Tokens of each example of the micro-batch.
+            images: Images of each, which come before those that pad.
             scale: The gradient scaler's scale, fp32, on the device; ``None``: 1.
             micro_targets: Target tokens of this micro-batch, where the caller knows the number
                 without waiting for the GPU; the head then computes few others.
@@ -227,16 +236,17 @@ class FastPath:
             torch.OutOfMemoryError: If the memory does not suffice; the graphs are freed, and
                 ``.grad`` may hold a part of the gradient.
         """
-        vision = _vision_of(batch)
-        tokens, longest, images = sum(lengths), max(lengths), vision.pixel_values.shape[1]
+        num_images = _vision_of(batch).pixel_values.shape[1]
+        tokens, longest = sum(lengths), max(lengths)
         if batch.labels.is_cuda:
             targets = tokens if micro_targets is None else micro_targets
-            shape = shape_of(len(lengths), tokens, longest, targets, images)
+            shape = shape_of(len(lengths), tokens, longest, targets, num_images, sum(images))
         else:  # nothing comes again: as it is
             targets = int((batch.labels[:, 1:] != IGNORE).sum())
-            shape = Shape(len(lengths), longest, tokens, max(1, targets), images)
+            pictures = max(1, sum(images))
+            shape = Shape(len(lengths), longest, tokens, max(1, targets), num_images, pictures)
         try:
-            inputs = self._inputs(batch, shape, num_targets, scale)
+            inputs = self._inputs(batch, shape, num_targets, images, scale)
             if self.why_eager is None:
                 return self._with_graph(shape, inputs)
             return self._eagerly(shape, inputs)
@@ -247,7 +257,12 @@ class FastPath:
     # --- inputs ----------------------------------------------------------------------------------
 
     def _inputs(
-        self, batch: Batch, shape: Shape, num_targets: int, scale: Tensor | None
+        self,
+        batch: Batch,
+        shape: Shape,
+        num_targets: int,
+        images: Sequence[int],
+        scale: Tensor | None,
     ) -> dict[str, Tensor]:
         """The tensors of a micro-batch at their padded sizes, made without a sync."""
         vision = _vision_of(batch)
@@ -261,11 +276,17 @@ class FastPath:
         # Rows with a target first, in their order; then others, without loss.
         rows = torch.argsort((labels == IGNORE).to(torch.uint8), stable=True)[: shape.targets]
         factor = torch.full((1,), 1 / num_targets, dtype=torch.float32, device=labels.device)
+        # Images that there are, then as many of those that pad as there is room for.
+        taken = {n * shape.images + i for n, number in enumerate(images) for i in range(number)}
+        others = (n for n in range(shape.examples * shape.images) if n not in taken)
+        chosen = sorted([*taken, *others][: shape.pictures])
+        picture_at = torch.tensor(chosen, pin_memory=batch.labels.is_cuda)
         return {
             "input_ids": input_ids,
             "slot_of": packing.slot_of,
             "row_at": packing.row_at,
             "image_mask": F.pad(vision.image_attention_mask, (0, 0, 0, padding)),
+            "picture_at": picture_at.to(batch.labels.device, non_blocking=True),
             "pixels": vision.pixel_values,
             "rows": rows,
             "labels": labels[rows],
@@ -292,13 +313,14 @@ class FastPath:
             self.blocks.active(packing, shape.images),
             autocast,
         ):
-            pixels = inputs["pixels"].float()
+            picture_at, present = inputs["picture_at"], inputs["image_mask"].any(dim=1)
+            pixels = inputs["pixels"].flatten(0, 1)[picture_at].float()
             pixels -= inputs["pixel_mean"].view(3, 1, 1)
             pixels /= inputs["pixel_std"].view(3, 1, 1)
-            pixels *= inputs["image_mask"].any(dim=1)[:, :, None, None, None]
+            pixels *= present.flatten()[picture_at][:, None, None, None]
             embeddings = fused.embed(base.model.embed_tokens, inputs["input_ids"])
             hidden = fused.hidden_states(
-                base, self.blocks, embeddings, pixels, inputs["image_mask"]
+                *(base, self.blocks, embeddings, pixels, picture_at, inputs["image_mask"])
             )
             loss = fused.target_loss(hidden, inputs["rows"], base.lm_head, inputs["labels"])
             loss = loss * inputs["factor"][0]

@@ -73,7 +73,9 @@ def _worst(moments: list[Bytes], text_tokens: int) -> tuple[Bytes, ...]:
 
 def packed_rows(micro_batch: int, text_tokens: int) -> int:
     """Rows that the tokens of a micro-batch are packed into, all of one length."""
-    return shape_of(micro_batch, micro_batch * text_tokens, text_tokens, 1, 1).rows
+    if micro_batch == 0:
+        return 0
+    return shape_of(micro_batch, micro_batch * text_tokens, text_tokens, 1, 1, 1).rows
 
 
 class FastTrace(FastPath):
@@ -106,9 +108,9 @@ class FastTrace(FastPath):
         """
         examples, rows = 1009, 1013 * text_tokens
         images = max(1, images)  # as the collator has it
-        length = shape_of(1, text_tokens, text_tokens, 1, 1).length
+        length = shape_of(1, text_tokens, text_tokens, 1, 1, 1).length
         side = self.base.config.vision_config.image_size
-        shape = Shape(examples, length, rows, rows, images)
+        shape = Shape(examples, length, rows, rows, images, examples * images)
         groups = self.linears.used()
         known = [*self.model.parameters(), *self.model.buffers(), *quantized_tensors(self.model)]
         known += [p.grad for p in self.parameters if p.grad is not None]
@@ -119,7 +121,7 @@ class FastTrace(FastPath):
             pixels = torch.empty(examples, images, 3, side, side, dtype=torch.uint8)
             vision = IdeficsVision(pixels, sees, torch.empty(3), torch.empty(3))
             batch = Batch(input_ids=ids, attention_mask=ids, labels=ids, vision=vision)
-            self._pass(shape, self._inputs(batch, shape, 1, None))
+            self._pass(shape, self._inputs(batch, shape, 1, [images] * examples, None))
         return live.between, live.most
 
 

@@ -65,6 +65,7 @@ def _try_backward(state: TrainState, window: Window, size: int) -> Tensor | int:
                 batch,
                 window.num_targets,
                 lengths=window.lengths[start : start + size],
+                images=window.images[start : start + size],
                 scaler=state.scaler,
             )
     except torch.OutOfMemoryError:

@@ -30,7 +30,7 @@ if __name__ == "__main__":
         path = FastPath(model, torch.float32)
         path.begin_window()
         lengths = batch.attention_mask.sum(1).tolist()
-        loss = path.micro_batch_backward(batch, batch.num_targets, lengths=lengths)
+        loss = path.micro_batch_backward(batch, batch.num_targets, lengths=lengths, images=[1, 1])
         path.close()
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         results.append((loss, torch.cat(grads)))

@@ -6,7 +6,7 @@ import gc
 import memory as benchmark
 import pytest
 import torch
-from micro_batches import QKV, a_batch, adapted, check_equal, gradient, lengths_of
+from micro_batches import QKV, a_batch, adapted, check_equal, gradient, images_of, lengths_of
 from random_model import configuration, random_4bit_model
 
 import idefics_qlora as iq
@@ -141,7 +141,9 @@ def test_fast_losses_and_gradients_agree(three, graphs):
         for _ in range(3):
             model.zero_grad()
             path.begin_window()
-            loss = path.micro_batch_backward(batch, number, lengths=lengths_of(batch))
+            loss = path.micro_batch_backward(
+                batch, number, lengths=lengths_of(batch), images=images_of(batch)
+            )
             results[form] = loss.clone(), gradient(model).clone()
         path.close()
     for form in ("unnested", "dequantized"):

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from micro_batches import QKV, a_batch, adapted, check_equal, gradient, lengths_of
+from micro_batches import QKV, a_batch, adapted, check_equal, gradient, images_of, lengths_of
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import idefics_qlora as iq
+from idefics_qlora.data.batches import Collator
 from idefics_qlora.model import fused
 from idefics_qlora.model.graphs import FastPath, Shape, shape_of
 from idefics_qlora.model.loss import summed_cross_entropy
@@ -45,7 +46,9 @@ def fast(path, batch, num_targets=None):
     path.model.zero_grad()
     path.begin_window()
     number = num_targets or batch.num_targets
-    loss = path.micro_batch_backward(batch, number, lengths=lengths_of(batch))
+    loss = path.micro_batch_backward(
+        batch, number, lengths=lengths_of(batch), images=images_of(batch)
+    )
     return loss, gradient(path.model)
 
 
@@ -159,7 +162,9 @@ def test_micro_batches_add_up(base, processor, cards):
     for start in (0, 2):
         part = batch.part(slice(start, start + 2), lengths[start], 1)
         number = batch.num_targets
-        loss += path.micro_batch_backward(part, number, lengths=lengths[start : start + 2])
+        loss += path.micro_batch_backward(
+            part, number, lengths=lengths[start : start + 2], images=[1, 1]
+        )
     check_equal((loss, gradient(model)), whole, 3e-5)
     path.close()
 
@@ -171,7 +176,11 @@ def test_the_scale_is_in_the_gradient_and_not_in_the_loss(base, batch):
     loss, once = fast(path, batch)
     model.zero_grad()
     again = path.micro_batch_backward(
-        batch, batch.num_targets, lengths=lengths_of(batch), scale=torch.tensor(64.0)
+        batch,
+        batch.num_targets,
+        lengths=lengths_of(batch),
+        images=images_of(batch),
+        scale=torch.tensor(64.0),
     )
     assert torch.equal(loss, again)
     torch.testing.assert_close(gradient(model), 64 * once)
@@ -301,8 +310,8 @@ def test_nothing_waits_for_data(base, batch):
     model = adapted(base, dropout=0.1, precision="bf16")
     path = FastPath(model, torch.bfloat16)
     path.begin_window()
-    shape = shape_of(4, sum(lengths_of(batch)), max(lengths_of(batch)), 64, 1)
-    inputs = path._inputs(batch, shape, 10, None)
+    shape = shape_of(4, sum(lengths_of(batch)), max(lengths_of(batch)), 64, 1, 4)
+    inputs = path._inputs(batch, shape, 10, images_of(batch), None)
     with Operations() as ours:
         path._pass(shape, inputs)
     waiting = {"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero"}
@@ -317,13 +326,49 @@ def test_shapes_come_again():
     """Rounding up makes shapes few and adds at most 16 rows or 3.2 %."""
     shapes = set()
     for tokens in range(64, 8000):
-        shape = shape_of(16, tokens, 97, tokens // 2, 1)
+        shape = shape_of(16, tokens, 97, tokens // 2, 1, 16)
         assert 0 <= shape.rows - tokens < max(16, 0.033 * tokens)
         assert shape.length == 128
         assert tokens // 2 <= shape.targets <= shape.rows
         shapes.add(shape)
     assert len(shapes) < 400
-    assert shape_of(16, 16 * 97, 97, 1100, 1) == Shape(16, 128, 1568, 1176, 1)
+    assert shape_of(16, 16 * 97, 97, 1100, 1, 16) == Shape(16, 128, 1568, 1176, 1, 16)
+
+
+def test_pictures_are_few_shapes():
+    """Vision sees at most an eighth of the places for images more than there are images."""
+    places = {shape_of(16, 1600, 160, 800, 2, n).pictures for n in range(33)}
+    assert places == {4, 8, 12, 16, 20, 24, 28, 32}
+    assert shape_of(16, 1600, 160, 800, 2, 20).pictures == 20
+    assert shape_of(3, 300, 160, 100, 1, 0).pictures == 1
+    assert shape_of(3, 300, 160, 100, 5, 15).pictures == 15
+
+
+@pytest.mark.parametrize("padding", [0, 2, 7])
+def test_images_that_pad_are_not_looked_at(base, processor, cards, padding):
+    """Of examples with 3, 1, 0 and 1 images, vision sees five, or as many more as a shape has, and
+    loss and gradient are the model's own, with adapters on vision and on what it is asked by."""
+    images = [card["image"] for card in cards[5:10]]
+    prompts = [[*images[:3], "Three?"], [images[3], "One?"], ["None?"], [images[4], "One?"]]
+    examples = [iq.Example(prompt, " It is. It is.") for prompt in prompts]
+    batch = Collator(processor)(examples)
+    assert images_of(batch) == [3, 1, 0, 1]
+    model = adapted(base)
+    expected = slow(model, batch)
+    path = FastPath(model, torch.float32)
+    seen = []
+    hook = base.model.vision_model.embeddings.register_forward_hook(
+        lambda module, inputs, output: seen.append(len(output))
+    )
+    path.model.zero_grad()
+    path.begin_window()
+    lengths = lengths_of(batch)
+    shape = Shape(4, max(lengths), sum(lengths), batch.num_targets, 3, 5 + padding)
+    loss = path._pass(shape, path._inputs(batch, shape, batch.num_targets, [3, 1, 0, 1], None))
+    check_equal((loss, gradient(model)), expected, 3e-5)
+    assert seen == [5 + padding]
+    hook.remove()
+    path.close()
 
 
 def test_packing_leads_to_slots_and_back():
@@ -348,11 +393,11 @@ def test_rows_that_are_no_token_change_nothing(base, batch):
     path = FastPath(model, torch.float32)
     exact = fast(path, batch)
     lengths = lengths_of(batch)
-    shape = shape_of(4, sum(lengths), max(lengths), sum(lengths), 1)
+    shape = shape_of(4, sum(lengths), max(lengths), sum(lengths), 1, 4)
     assert shape.rows > sum(lengths)
     assert shape.length > max(lengths)
     model.zero_grad()
-    loss = path._pass(shape, path._inputs(batch, shape, batch.num_targets, None))
+    loss = path._pass(shape, path._inputs(batch, shape, batch.num_targets, images_of(batch), None))
     check_equal((loss, gradient(model)), exact, 3e-5)
     path.close()
 
@@ -403,7 +448,9 @@ def test_a_graph_of_the_same_parameters_is_not_touched(base, batch):
     called = []
     hooks = [p.register_hook(called.append) for p in model.parameters() if p.requires_grad]
     once = gradient(model)
-    path.micro_batch_backward(batch, batch.num_targets, lengths=lengths_of(batch))
+    path.micro_batch_backward(
+        batch, batch.num_targets, lengths=lengths_of(batch), images=images_of(batch)
+    )
     torch.testing.assert_close(gradient(model), 2 * once)
     assert not called
     for hook in hooks:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from micro_batches import QKV, a_batch, adapted, check_equal, gradient, lengths_of
+from micro_batches import QKV, a_batch, adapted, check_equal, gradient, images_of, lengths_of
 
 import idefics_qlora as iq
 from idefics_qlora.model import fused, kernels
@@ -55,7 +55,9 @@ def run(path, batches):
                 parameter.grad.zero_()
         path.begin_window()
         number = int((batch.labels != -100).sum())
-        loss = path.micro_batch_backward(batch, number, lengths=lengths_of(batch))
+        loss = path.micro_batch_backward(
+            batch, number, lengths=lengths_of(batch), images=images_of(batch)
+        )
         results.append((loss, gradient(path.model).clone()))
     return results
 

@@ -199,6 +199,7 @@ def test_the_estimate_fills_the_room_and_a_measurement_corrects_it():
     assert largest_of(estimate, room - 1, 64) == 9
     assert largest_of(estimate, room, 8) == 8
     assert largest_of(estimate, 0, 64) == 1
+    assert estimate.passing(0) < estimate.passing(1)  # what depends on no example
     assert corrected(taken=100 + 8 * 10, fixed=100, size=8, room=100 + 160) == 16
     assert corrected(taken=100 + 8 * 10, fixed=100, size=8, room=100 + 79) == 7
     assert corrected(taken=100 + 8 * 10, fixed=100, size=8, room=50) == 1
