@@ -9,6 +9,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests run in a process for each core, in at most four: each of them holds libraries and models.
+IN_PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 SOURCES := $(shell find idefics_qlora -type f -not -path '*/__pycache__/*')
 
 .PHONY: quickstart test test-quick test-faults lint docs clean
@@ -17,10 +19,10 @@ quickstart: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/installed
-	$(BIN)/pytest
+	$(BIN)/pytest $(IN_PARALLEL)
 
 test-quick: $(VENV)/installed
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(IN_PARALLEL) -m "not slow"
 
 test-faults: $(VENV)/installed
 	$(BIN)/pytest tests/training/test_faults.py --kills 50

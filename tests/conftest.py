@@ -7,6 +7,8 @@ import os
 # Before torch and transformers are imported: no network, no threads fighting over two cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 import functools
@@ -32,12 +34,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the GPU tests where there is no GPU."""
-    if torch.cuda.is_available():
+    """Skip the GPU tests where there is no GPU, or where several processes would share it."""
+    if not torch.cuda.is_available():
+        reason = "no CUDA GPU on this machine"
+    elif "PYTEST_XDIST_WORKER" in os.environ:
+        reason = "needs the GPU for itself: .venv/bin/pytest -m gpu"
+    else:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA GPU on this machine"))
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

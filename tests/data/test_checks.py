@@ -38,6 +38,7 @@ def test_typed_control_tokens_are_told(processor, where, token):
     "text",
     ["Look at cards/a.png: what is it?", "https://x.example/a.jpg What?", "https://x.example/7 Eh?",
      f"{Image.new('RGB', (2, 2))} What?"],
+    ids=["path", "url-with-ending", "url", "picture"],
 )  # fmt: skip
 def test_a_picture_within_a_text_is_told(base, processor, text, caplog):
     """Also in a turn of a chat, and in what is to be generated from."""
