@@ -93,6 +93,7 @@ def _overview(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     told = _told("train", arguments)
     config, lora, to_example = told.config(), told.lora(), told.to_example()
+    metrics = told.metrics()
     train_rows, eval_rows = told.rows("train"), told.rows("eval")
     told.check_base()
     told.raise_problems()
@@ -112,7 +113,7 @@ def _train(arguments: list[str]) -> int:
             eval_rows,
             config=config,
             to_example=to_example,
-            on_log=_print_record,
+            metrics=metrics,
             access=told.access,
         )
     except Exception as error:
@@ -121,11 +122,7 @@ def _train(arguments: list[str]) -> int:
                 raise
         raise
     if result.stopped_by not in (None, "early_stopping"):
-        print(f"stopped by {result.stopped_by} after step {result.global_step}; start it again")
         return 128 + signal.Signals[result.stopped_by]
-    print(f"{result.global_step} steps; the checkpoints are in {config.output_dir}")
-    if result.best_checkpoint is not None:
-        print(f"the best adapter is in {result.best_checkpoint}")
     return DONE
 
 
@@ -139,17 +136,16 @@ def _before_training(error: Exception) -> bool:
     return any(f.f_code in before for f, _ in traceback.walk_tb(error.__traceback__))
 
 
-def _print_record(record: dict[str, Any]) -> None:
-    print(json.dumps(record, default=str), flush=True)
-
-
 # --- evaluate, preview, memory --------------------------------------------------------------------
 
 
 def _evaluate(arguments: list[str]) -> int:
     told = _told("evaluate", arguments)
-    to_example, rows = told.to_example(), told.rows("eval")
+    to_example, rows, metrics = told.to_example(), told.rows("eval"), told.metrics()
     told.check_source()
+    told.check_whole("max_new_tokens")
+    for name in ("output", "predictions_file"):
+        told.check_output(name, overwrite=True)
     told.raise_problems()
 
     from idefics_qlora.evaluation.held_out import evaluate
@@ -158,7 +154,7 @@ def _evaluate(arguments: list[str]) -> int:
     with wrong():
         model, processor = told.model()
         values = told.section("train")
-        metrics = evaluate(
+        record = evaluate(
             model,
             processor,
             rows,
@@ -166,10 +162,13 @@ def _evaluate(arguments: list[str]) -> int:
             batch_size=values["eval_batch_size"],
             loss_on=values["loss_on"],
             max_length=values["max_length"],
+            metrics=metrics,
+            max_new_tokens=told.values["max_new_tokens"],
+            predictions_file=told.values["predictions_file"],
             on_bad_row=values["on_bad_row"],
             access=told.access,
         )
-    text = json.dumps(metrics, indent=2)
+    text = json.dumps(record, indent=2)
     print(text)
     if output := told.values["output"]:
         Path(output).write_text(text + "\n", encoding="utf-8")
@@ -221,7 +220,7 @@ def _generate(arguments: list[str]) -> int:
     output, question = told.values["output"], told.question()
     told.check_source()
     told.check_whole("batch_size", "max_new_tokens")
-    told.check_output(output)
+    told.check_output("output")
     sources = list(_sources(told.pictures))
     told.raise_problems()
 
@@ -311,11 +310,16 @@ def _fields(command: str) -> dict[str, Field]:
     from idefics_qlora.told import Field
 
     adapter = Field(str | None, None, "A run's folder, or a checkpoint-N of it; left out: the base")
+    max_new_tokens = Field(int, 50, "Tokens of a text at most")
     own = {
         "train": {},
         "evaluate": {
             "adapter": adapter,
-            "output": Field(str | None, None, "File for the metrics as JSON, beside printing them"),
+            "max_new_tokens": max_new_tokens,
+            "predictions_file": Field(
+                str | None, None, "File for a line of JSON for each row: what the model says of it"
+            ),
+            "output": Field(str | None, None, "File for the numbers as JSON, beside printing them"),
         },
         "preview": {
             "rows": Field(list[int] | None, None, "Row numbers, such as [0,7]; left out: two"),
@@ -324,7 +328,7 @@ def _fields(command: str) -> dict[str, Field]:
         "generate": {
             "adapter": adapter,
             "question": Field(str | None, None, "Text behind each picture; else data.question"),
-            "max_new_tokens": Field(int, 50, "Tokens of a text at most"),
+            "max_new_tokens": max_new_tokens,
             "batch_size": Field(int, 8, "Pictures in one batch"),
             "output": Field(str | None, None, "A new file; left out: printed"),
             "format": Field(
@@ -335,13 +339,13 @@ def _fields(command: str) -> dict[str, Field]:
     return {**own[command], **sections()}
 
 
-SHOWN = {
-    "train": ("model", "lora", "data", "train"),
-    "evaluate": ("model", "data", "train"),
-    "preview": ("model", "data", "train"),
-    "generate": ("model",),
+HIDDEN = {
+    "train": (),
+    "evaluate": ("lora",),
+    "preview": ("lora", "metrics"),
+    "generate": ("lora", "data", "train", "metrics"),
 }
-"""Sections that a command's help shows; the others may stand in its configuration file."""
+"""What a command's help does not show; it may stand in its configuration file all the same."""
 
 
 NEEDED = {
@@ -358,8 +362,8 @@ def _parser(command: str) -> Callable[[], ArgumentParser]:
         from idefics_qlora.settings import parser_of
 
         about = COMMANDS[command].about
-        fields, shown, needed = _fields(command), SHOWN[command], NEEDED[command]
-        parser = parser_of(f"{PROG} {command}", about, fields, shown, needed)
+        fields, hidden, needed = _fields(command), HIDDEN[command], NEEDED[command]
+        parser = parser_of(f"{PROG} {command}", about, fields, hidden, needed)
         if command == "generate":
             parser.add_argument("pictures", nargs="+", type=str, help="files, folders, globs, URLs")
         return parser
@@ -379,7 +383,9 @@ def _memory_parser() -> ArgumentParser:
 
 COMMANDS = {
     "train": _Command(_train, "fine-tune a base on rows", _parser("train")),
-    "evaluate": _Command(_evaluate, "loss on held-out rows, as JSON", _parser("evaluate")),
+    "evaluate": _Command(
+        _evaluate, "loss and metrics on held-out rows, as JSON", _parser("evaluate")
+    ),
     "generate": _Command(
         _generate, "describe pictures: a line of JSON or CSV for each", _parser("generate")
     ),

@@ -6,22 +6,22 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser
 from peft import LoraConfig
 from transformers import AutoProcessor
 
-from idefics_qlora.checkpoint import ADAPTER, latest_checkpoint
 from idefics_qlora.config import TrainConfig, check_whole, explanations
 from idefics_qlora.data.captions import QUESTION, Captions
 from idefics_qlora.data.files import load_rows
+from idefics_qlora.evaluation.metrics import BY_NAME
+from idefics_qlora.evaluation.predictions import Metric, metric_problems
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.adapters import RECIPE
 from idefics_qlora.model.base_weights import BaseWeights
@@ -74,6 +74,14 @@ class DataSettings:
     access: ImageAccess = field(default_factory=ImageAccess)
 
 
+MetricName: TypeAlias = Literal["anls", "bleu", "chrf", "cider", "exact_match", "vqa_accuracy"]
+
+METRICS = Field(
+    MetricName | list[MetricName] | None,
+    None,
+    "Scores of what the model says of held-out rows, such as cider, or [cider,bleu]",
+)
+
 _NOT_ASKED = {
     *("peft_type", "auto_mapping", "task_type", "inference_mode", "peft_version"),
     *("base_model_name_or_path", "revision", "megatron_config", "megatron_core"),
@@ -108,7 +116,7 @@ def fields_of(section: str, kind: type, **defaults: Any) -> dict[str, Field]:
 
 
 def sections() -> dict[str, Field]:
-    """The four sections of a run: ``model``, ``lora``, ``data`` and ``train``."""
+    """The four sections of a run: ``model``, ``lora``, ``data`` and ``train``; and ``metrics``."""
     lora = {
         name: each
         for name, each in fields_of("lora", LoraConfig, **RECIPE).items()
@@ -119,6 +127,7 @@ def sections() -> dict[str, Field]:
         **lora,
         **fields_of("data", DataSettings),
         **fields_of("train", TrainConfig),
+        "metrics": METRICS,
     }
 
 
@@ -126,10 +135,10 @@ def parser_of(
     prog: str,
     about: str,
     fields: Mapping[str, Field],
-    shown: tuple[str, ...],
+    hidden: tuple[str, ...],
     needed: tuple[str, ...],
 ) -> ArgumentParser:
-    """The parser of a command with these fields; its help shows its own and those sections."""
+    """The parser of a command with these fields; its help leaves the hidden ones out."""
     parser = ArgumentParser(prog=prog, description=about)
     parser.add_argument("--config", action="config", help="YAML file with these settings")
     groups: dict[str, Any] = {}
@@ -138,12 +147,11 @@ def parser_of(
         if section not in groups:
             groups[section] = parser.add_argument_group(section) if section else parser
         text = each.text + (" (required)" if name in needed else "")
-        hidden = section and section.partition(".")[0] not in shown
         groups[section].add_argument(
             f"--{name}",
             type=each.type,
             default=each.default,
-            help=argparse.SUPPRESS if hidden else text,
+            help=argparse.SUPPRESS if name.partition(".")[0] in hidden else text,
         )
     return parser
 
@@ -239,6 +247,15 @@ class Told:
             self.problems.append(f"{where}data.{error}")
             return None
 
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics that are asked for, by name."""
+        asked = self.values["metrics"] or ()
+        names = [asked] if isinstance(asked, str) else asked
+        chosen: dict[str, Metric] = {name: BY_NAME[name] for name in names}
+        for problem in metric_problems(chosen):
+            self._note("metrics", problem)
+        return chosen
+
     def question(self) -> str:
         """The text behind a picture that is no row."""
         name = "question" if self.values["question"] is not None else "data.question"
@@ -295,14 +312,14 @@ class Told:
                 where = f"{self.given[name].where}: " if name in self.given else ""
                 self.problems.append(f"{where}{error}")
 
-    def check_output(self, output: str | None) -> None:
-        """See that a file can be written that is not there yet."""
-        if output is None:
+    def check_output(self, name: str, overwrite: bool = False) -> None:
+        """See that a file can be written, and is not there yet unless it may be."""
+        if (output := self.values[name]) is None:
             return
-        if os.path.lexists(output):
-            self._note("output", "is there already: choose another name, or delete it")
+        if os.path.isdir(output) or (os.path.lexists(output) and not overwrite):
+            self._note(name, "is there already: choose another name, or delete it")
         elif not Path(output).absolute().parent.is_dir():
-            self._note("output", "lies in a folder that there is not: make it")
+            self._note(name, "lies in a folder that there is not: make it")
 
     def base(self) -> Any:
         """The base and its processor."""
@@ -315,14 +332,10 @@ class Told:
         base, adapter = values.pop("base"), self.values["adapter"]
         if adapter is None:
             return self.base()
-        folder = Path(adapter).expanduser()
-        if not (folder / ADAPTER).is_file() and (newest := latest_checkpoint(folder)):
-            print(f"the newest checkpoint: {newest}", file=sys.stderr)
-            folder = newest
         if values["revision"] is None:  # the adapter knows
             values.pop("revision")
         base = None if base is None else base_of(base)
-        return load_finetuned(folder, base=base, **values, compute_dtype=self._dtype())
+        return load_finetuned(adapter, base=base, **values, compute_dtype=self._dtype())
 
     def processor(self) -> Any:
         """The base's processor, without its weights."""

@@ -18,7 +18,8 @@ from PIL import Image
 
 import idefics_qlora as iq
 from idefics_qlora import cli
-from idefics_qlora.settings import sections
+from idefics_qlora.evaluation.metrics import BY_NAME
+from idefics_qlora.settings import MetricName, sections
 
 ROOT = Path(__file__).parents[1]
 RUN = """
@@ -222,10 +223,12 @@ def test_what_train_finds_before_its_first_step_is_2(here, capsys):
 def test_train_evaluate_and_generate(here, capsys):
     """A run by its file, its adapter evaluated, and pictures of every kind of source described."""
     assert cli.main(["train", "--config", "run.yaml", "--train.max_steps", "1"]) == 0
-    *records, done, best = capsys.readouterr().out.splitlines()
-    assert [json.loads(record)["step"] for record in records] == [1, 1]
-    assert done == "1 steps; the checkpoints are in run"
-    assert best.startswith("the best adapter is in ")
+    told = capsys.readouterr()
+    assert told.out == ""  # what the library shows of a run is all there is
+    assert told.err.count(f"the best checkpoint is {Path('run/checkpoint-1')}\n") == 1
+    assert told.err.count("checkpoint-1") == 1
+    training, held_out = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
+    assert (training["step"], held_out["step"]) == (1, 1)
     lora = json.loads(Path("run/checkpoint-1/adapter_config.json").read_text())
     assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"]) == (8, 16, 0.05)
 
@@ -234,7 +237,7 @@ def test_train_evaluate_and_generate(here, capsys):
     metrics = json.loads(capsys.readouterr().out)
     assert json.loads(Path("metrics.json").read_text()) == metrics
     # Its precision is fp32, as the run's was, so the loss is that of the run to the rounding.
-    assert metrics["eval_loss"] == pytest.approx(json.loads(records[1])["eval_loss"], rel=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(held_out["eval_loss"], rel=1e-4)
 
     Path("folder/deep").mkdir(parents=True)
     Path("more").mkdir()
@@ -269,6 +272,47 @@ def test_train_evaluate_and_generate(here, capsys):
         "output='out.csv': is there already: choose another name, or delete it",
     ]
     assert cli.main(["generate", "--adapter", "run", "gone.png"]) == 1
+
+
+def test_metrics_by_name_and_the_predictions(here, capsys):
+    """`metrics` of the file scores a run's evaluations and decides which is the best; `evaluate`
+    gives the same numbers over all rows, and writes what the model said of each."""
+    assert MetricName.__args__ == tuple(BY_NAME)
+    Path("run.yaml").write_text(RUN + "metrics: [exact_match, chrf]\n")
+    arguments = ["--config", "run.yaml", "--train.metric_for_best_model", "eval_chrf"]
+    arguments += ["--train.eval_max_new_tokens", "5", "--train.max_steps", "1"]
+    assert cli.main(["train", *arguments]) == 0
+    result = json.loads(Path("run/result.json").read_text())
+    asked = ["--adapter", "run", "--max_new_tokens", "5", "--predictions_file", "said.jsonl"]
+    capsys.readouterr()
+    assert cli.main(["evaluate", *arguments, *asked]) == 0
+    record = json.loads(capsys.readouterr().out)
+    for name in ("eval_exact_match", "eval_chrf"):
+        assert record[name] == pytest.approx(result["metrics"][name], rel=1e-3)
+    said = [json.loads(line) for line in Path("said.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in said] == [*range(32)]
+    pairs = [line["prediction"] for line in said], [line["references"] for line in said]
+    assert record["eval_chrf"] == iq.metrics.chrf(*pairs)
+
+
+def test_metrics_that_cannot_be(here, capsys, monkeypatch):
+    """A name that there is not, a package that is not installed, a file that cannot be written:
+    told before anything is loaded."""
+    arguments = ["evaluate", "--model.base", "tiny", "--data.eval", "tiny"]
+    more = ["--max_new_tokens", "0", "--predictions_file", "none/said.jsonl"]
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    (problem,) = problems_of(capsys, *arguments, "--metrics", "[cider, rouge]")
+    names = "one of anls, bleu, chrf, cider, exact_match, vqa_accuracy"
+    assert problem == (
+        f"command line: metrics=['cider', 'rouge']: expected {names} or a list or null"
+    )
+    assert problems_of(capsys, *arguments, "--metrics", "bleu", *more) == [
+        "command line: metrics='bleu': metrics['bleu']: bleu needs the package sacrebleu: "
+        "pip install 'idefics_qlora[metrics]'",
+        "command line: max_new_tokens=0: expected a whole number of at least 1",
+        "command line: predictions_file='none/said.jsonl': lies in a folder that there is not: "
+        "make it",
+    ]
 
 
 def test_rows_and_templates(here, capsys):
@@ -309,12 +353,13 @@ def test_a_stopped_run_ends_with_its_signals_number(here):
     arguments = [sys.executable, "-m", "idefics_qlora", "train", "--config", "run.yaml"]
     arguments += ["--train.max_steps", "5000", "--train.save_steps", "5000"]
     arguments += ["--train.eval_steps", "5000"]
-    with started(arguments, stdout=subprocess.PIPE) as child:
-        assert json.loads(child.stdout.readline())["step"] == 1
+    with started(arguments, stderr=subprocess.PIPE) as child:
+        while not child.stderr.readline().startswith("step 1/5000: "):
+            pass
         child.send_signal(signal.SIGTERM)
-        out, _ = child.communicate(timeout=120)
+        _, told = child.communicate(timeout=120)
     assert child.returncode == 128 + signal.SIGTERM
-    step = int(re.search(r"stopped by SIGTERM after step (\d+)", out)[1])
+    step = int(re.search(r"stopped by SIGTERM after step (\d+)", told)[1])
     assert iq.latest_checkpoint("run").name == f"checkpoint-{step}"
 
 

@@ -19,6 +19,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 References: TypeAlias = Sequence[str] | Sequence[Sequence[str]]
@@ -76,14 +77,14 @@ def field_match(
 def bleu(predictions: Sequence[str], references: References) -> float:
     """Corpus BLEU by ``sacrebleu`` in its default settings (0 to 100)."""
     pairs = _pairs(predictions, references)
-    metric = _sacrebleu("bleu").BLEU()
+    metric = _sacrebleu(bleu).BLEU()
     return float(metric.corpus_score([text for text, _ in pairs], _streams(pairs)).score)
 
 
 def chrf(predictions: Sequence[str], references: References) -> float:
     """Corpus chrF2 by ``sacrebleu`` in its default settings (0 to 100)."""
     pairs = _pairs(predictions, references)
-    metric = _sacrebleu("chrf").CHRF()
+    metric = _sacrebleu(chrf).CHRF()
     return float(metric.corpus_score([text for text, _ in pairs], _streams(pairs)).score)
 
 
@@ -170,6 +171,16 @@ def anls(predictions: Sequence[str], references: References) -> float:
     return sum(scores) / len(scores)
 
 
+BY_NAME = {
+    "anls": anls,
+    "bleu": bleu,
+    "chrf": chrf,
+    "cider": cider_d,
+    "exact_match": exact_match,
+    "vqa_accuracy": vqa_accuracy,
+}
+"""Those that need nothing but texts, as a command line calls them."""
+
 GREATER_IS_BETTER = (exact_match, field_match, bleu, chrf, cider_d, vqa_accuracy, anls)
 """The metrics of which more is better."""
 
@@ -253,13 +264,19 @@ def _pairs(predictions: Sequence[str], references: References) -> list[tuple[str
     return pairs
 
 
-def _sacrebleu(metric: str) -> Any:
-    try:
-        from sacrebleu import metrics
-    except ImportError as error:
-        raise ImportError(
-            f"{metric} needs the package sacrebleu: pip install 'idefics_qlora[metrics]'"
-        ) from error
+def missing_package(metric: Any) -> str | None:
+    """What a metric of ours needs and is not installed, with the way out."""
+    if metric in (bleu, chrf) and find_spec("sacrebleu") is None:
+        name = metric.__name__
+        return f"{name} needs the package sacrebleu: pip install 'idefics_qlora[metrics]'"
+    return None
+
+
+def _sacrebleu(metric: Callable[..., float]) -> Any:
+    if missing := missing_package(metric):
+        raise ImportError(missing)
+    from sacrebleu import metrics
+
     return metrics
 
 

@@ -19,7 +19,7 @@ from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.windows import Question
 from idefics_qlora.durable import write_whole
 from idefics_qlora.evaluation.generation import generate_from_tokens
-from idefics_qlora.evaluation.metrics import GREATER_IS_BETTER
+from idefics_qlora.evaluation.metrics import GREATER_IS_BETTER, missing_package
 from idefics_qlora.families.family import Model
 from idefics_qlora.notices import with_words
 
@@ -63,6 +63,8 @@ def metric_problems(metrics: Any) -> Iterator[str]:
                 f"metrics[{name!r}]={metric!r:.80}: expected a function (predictions, references) "
                 "-> number, or numbers by name"
             )
+        elif missing := missing_package(metric):
+            yield f"metrics[{name!r}]: {missing}"
 
 
 def greater_is_better(metric: Any) -> bool | None:
