@@ -182,10 +182,10 @@ def test_names_exist(page):
         assert f"def {name}(" in tests, name
 
 
-@pytest.mark.parametrize("family", ["processor", "instruct_processor"])
-def test_the_data_page_shows_the_dialogues_as_they_are(family, request):
+@pytest.mark.parametrize("kind", ["processor", "instruct_processor"])
+def test_the_data_page_shows_the_dialogues_as_they_are(kind, request):
     """The two written dialogues are what each kind of checkpoint gets."""
-    processor = request.getfixturevalue(family)
+    processor = request.getfixturevalue(kind)
     dialogues = re.findall(r"```text\n(<s>.*?)\n```", DATA, re.DOTALL)
     messages = re.search(r'"messages": \[.*?\n        \]', DATA, re.DOTALL)
     row = eval("{" + messages[0] + "}")
@@ -193,4 +193,4 @@ def test_the_data_page_shows_the_dialogues_as_they_are(family, request):
     example = as_example({**row, "images": [picture, picture]})
     (tokens,) = Collator(processor).tokens([example])
     text = processor.tokenizer.decode(tokens.ids).replace("<fake_token_around_image>", "")
-    assert text == dialogues[family == "processor"]
+    assert text == dialogues[kind == "processor"]
