@@ -1,14 +1,18 @@
 """The pages show code that runs, commands that exist and names that are there."""
 
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
 import idefics_qlora as iq
+from idefics_qlora import cli
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.captions import pokemon_card_example
 from idefics_qlora.data.formats import as_example
@@ -38,9 +42,7 @@ def blocks(page):
 
 def given(cards, request):
     """What a block may say that its reader has: ``with`` these names."""
-    captions = [{"file": "new.jpg", "text": f"A card {n}."} for n in range(8)]
     return {
-        "README.md": {"train_rows": captions, "eval_rows": captions[:2]},
         "runs.md": {
             "iq": iq,
             "model": request.getfixturevalue("lora"),
@@ -68,7 +70,10 @@ def lay_out_files(cards):
     Dataset.from_list(columns).to_parquet("photos/0.parquet")
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in PAGES[page].read_text()])
+WITH_PYTHON = [page for page in PAGES if "```python" in PAGES[page].read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("page", [page for page in WITH_PYTHON if page != "README.md"])
 def test_every_block_of_python_runs(page, cards, tmp_path, monkeypatch, request):
     """One after the other in one namespace, in a folder with the pictures that the pages name."""
     monkeypatch.chdir(tmp_path)
@@ -85,9 +90,9 @@ def test_every_block_of_python_runs(page, cards, tmp_path, monkeypatch, request)
             needs = needs[1:]
             for there, here in INSTEAD_OF_THE_HUB.items():
                 block = block.replace(there, here)
-        if needs == ["files"]:
+        if needs[:1] == ["files"]:
             lay_out_files(cards)
-            needs = []
+            needs = needs[1:]
         if needs:
             assert needs[0] == "with", f"what does {info!r} mean?"
             has = given(cards, request)[page]
@@ -95,10 +100,32 @@ def test_every_block_of_python_runs(page, cards, tmp_path, monkeypatch, request)
         exec(compile(block, f"{page}: {info}", "exec"), names)
 
 
+@pytest.mark.slow
+def test_the_first_snippet_runs_as_it_stands(tmp_path):
+    """The README's only program, unchanged and offline: it learns to read cards."""
+    ((info, program),) = blocks("README.md")
+    assert info == "python"
+    (tmp_path / "first.py").write_text(program, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "first.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    card, said = (iq.tiny.card_fields(line) for line in done.stdout.splitlines()[-2:])
+    right = [field for field in card if said.get(field) == card[field]]
+    assert len(card) >= 5
+    assert len(right) >= 4, done.stdout
+    assert "iq.load_finetuned" in done.stderr  # the last lines say what to do with it
+
+
 def test_every_fence_says_what_it_is():
     """A block is Python, which is run, or text; a third kind would go unchecked."""
-    kinds = {info.split()[0] for page in PAGES for info, _ in blocks(page)}
-    assert kinds <= {"python", "text"}
+    kinds = {tuple(info.split()) for page in PAGES for info, _ in blocks(page)}
+    assert {kind[0] for kind in kinds} == {"python", "text"}
+    assert {kind[1:] for kind in kinds if kind[0] == "text"} <= {(), ("message",)}
     for path in PAGES.values():
         assert len(re.findall(r"^```", path.read_text(), re.MULTILINE)) % 2 == 0, path
 
@@ -108,7 +135,7 @@ def commands(page):
     text = re.sub(r"^```.*?^```$", "", PAGES[page].read_text(), flags=re.DOTALL | re.MULTILINE)
     lines = re.findall(r"^    (\S.*)$", text, re.MULTILINE)
     for shown in [*lines, *re.findall(r"`([^`]+)`", text)]:
-        if re.match(r"(make|pip|python|\S*\bpytest|[A-Z_]+=\S+) \S", shown):
+        if re.match(rf"(make|pip|python|{cli.PROG}|\S*\bpytest|[A-Z_]+=\S+) [^\s|]", shown):
             words = shlex.split(shown, comments=True)
             yield [word for word in words if not re.match(r"[A-Z_]+=", word)]
 
@@ -120,7 +147,11 @@ def wrong_with(words):
     if program == "make":
         return next((t for t in rest if not re.search(rf"^{t}:", makefile, re.MULTILINE)), None)
     if words[:2] == ["pip", "install"]:
-        return None if rest[1:] == ["."] else f"install {rest[1:]}"
+        extras = re.findall(r"^(\w+) =$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+        known = [["."], *([f".[{extra}]"] for extra in extras)]
+        return None if rest[1:] in known else f"install {rest[1:]}"
+    if program == cli.PROG:
+        return wrong_with_ours(rest)
     if program == "python" and rest[0] == "-m":
         return None if importlib.util.find_spec(rest[1]) else rest[1]
     if program == "python":
@@ -135,11 +166,23 @@ def wrong_with(words):
     return f"the program {program!r}"
 
 
+def wrong_with_ours(words):
+    """The same of a command of this library, which knows its options itself."""
+    if words[0].partition("=")[0] in ("--help", "--version", "--print_completion"):
+        return None
+    if words[0] not in cli.COMMANDS:
+        return words[0]
+    known = {flag for a in cli.COMMANDS[words[0]].parser()._actions for flag in a.option_strings}
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return next((flag for flag in flags if flag not in known), None)
+
+
 def test_commands_exist(monkeypatch):
     """Each target of make, script, module, flag and marker that a page names is there."""
     monkeypatch.chdir(ROOT)
     shown = [(page, words) for page in PAGES for words in commands(page)]
-    assert {words[0] for _, words in shown} >= {"make", "pip", "python", ".venv/bin/pytest"}
+    programs = {words[0] for _, words in shown}
+    assert programs >= {"make", "pip", "python", ".venv/bin/pytest", cli.PROG}
     wrong = [(page, words, found) for page, words in shown if (found := wrong_with(words))]
     assert wrong == []
 
@@ -152,6 +195,10 @@ def test_commands_exist(monkeypatch):
         "python benchmarks/loop.py --none",
         "python -m idefics_qlora.none",
         "pip install idefics",
+        "pip install .[pictures]",
+        "idefics-qlora learn",
+        "idefics-qlora memory idefics-9b --picture 2",
+        "idefics-qlora train --config run.yaml --train.no_such 2",
         ".venv/bin/pytest -m none",
         "conda activate",
     ],

@@ -37,14 +37,13 @@ def settings_page() -> str:
         "same ([From HF Trainer](from_trainer.md)). `help(iq.TrainConfig)` prints the same.",
     ]
     for group, names in GROUPS.items():
-        lines += ["", f"## {group.capitalize()}", "", ABOUT.get(group, ""), ""]
-        lines += ["| field | type | default | what it does |", "| --- | --- | --- | --- |"]
+        lines += ["", f"## {group.capitalize()}", "", ABOUT.get(group, "")]
         for name in names:
-            field = fields[name]
-            needed = field.default is dataclasses.MISSING
-            default = "must be given" if needed else f"`{field.default!r}`"
+            default = fields[name].default
+            given = "must be given" if default is dataclasses.MISSING else f"default `{default!r}`"
             text = " ".join(texts.get(name, "").replace("``", "`").split())
-            lines.append(f"| `{name}` | `{choices(str(field.type))}` | {default} | {plain(text)} |")
+            lines += ["", f"### {name}", "", f"`{choices(str(fields[name].type))}`, {given}", ""]
+            lines += [plain(text)]
     return "\n".join(lines) + "\n"
 
 
@@ -72,7 +71,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A block's fence names its language alone; what the tests must lend it is their affair."""
+    """A block's fence names its language; what the tests must lend it is their affair alone."""
+    markdown = re.sub(r"^```text message$", "``` { .text .message }", markdown, flags=re.MULTILINE)
     return re.sub(r"^```python .*$", "```python", markdown, flags=re.MULTILINE)
 
 

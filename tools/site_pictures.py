@@ -75,6 +75,7 @@ def run(max_steps: int) -> None:
             micro_batch_size=8,
             eval_batch_size=16,
             logging_steps=5,
+            eval_steps=40,
             eval_samples=2,
             eval_generate_rows=32,
         ),
