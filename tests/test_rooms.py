@@ -60,7 +60,8 @@ def taken(file):
 
 
 KNOW_IDEFICS = {
-    *("families.__init__", "families.idefics", "families.idefics3"),
+    *("families.__init__", "families.idefics", "families.idefics2", "families.idefics3"),
+    "families.successor",
     *("model.fused", "model.graphs", "model.memory_fast"),  # the fast way of this family
     "tiny.successors",  # small bases
 }

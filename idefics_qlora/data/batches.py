@@ -194,13 +194,13 @@ class Collator:
             said = [Said(turn.role, tuple(turn.content), turn.is_target) for turn in turns]
             return self._harmless(self.reader.dialogue(said, completion))
         begin = Piece(self.reader.begin, is_control=True)
-        pieces = [begin] * bool(begin.text) + self.reader.interleaved(prompt)
         if completion:
             # The spaces stripped from the prompt's end belong to the completion: tokens of this
             # family carry the space before a word, and generation sees the prompt without.
             last = prompt[-1]
             spaces = len(last) - len(last.rstrip(" ")) if isinstance(last, str) else 0
-            pieces.append(Piece(" " * spaces + completion, is_target=True))
+            completion = " " * spaces + completion
+        pieces = [begin] * bool(begin.text) + self.reader.interleaved(prompt, completion)
         return self._harmless(pieces)
 
     def _harmless(self, pieces: list[Piece]) -> list[Piece]:

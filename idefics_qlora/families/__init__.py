@@ -8,10 +8,11 @@ from torch import nn
 
 from idefics_qlora.families.family import Family, Model, Processor, check_processor
 from idefics_qlora.families.idefics import Idefics
+from idefics_qlora.families.idefics2 import Idefics2
 from idefics_qlora.families.idefics3 import Idefics3, SmolVLM
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (Idefics(), Idefics3(), SmolVLM())
+    family.model_type: family for family in (Idefics(), Idefics2(), Idefics3(), SmolVLM())
 }
 """By the ``model_type`` of a base's ``config.json``."""
 

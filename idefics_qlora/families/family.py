@@ -99,8 +99,8 @@ class Reader(ABC):
     side: int
 
     @abstractmethod
-    def interleaved(self, items: Sequence[Any]) -> list[Piece]:
-        """Texts and images in reading order, written out."""
+    def interleaved(self, items: Sequence[Any], completion: str = "") -> list[Piece]:
+        """Texts and images in reading order, and what shall follow, written out."""
 
     @abstractmethod
     def dialogue(self, turns: Sequence[Said], completion: str) -> list[Piece]:

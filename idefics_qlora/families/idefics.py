@@ -210,7 +210,7 @@ class IdeficsReader(Reader):
         self.pixel_mean = torch.tensor(images.image_mean) * scale
         self.pixel_std = torch.tensor(images.image_std) * scale
 
-    def interleaved(self, items: Sequence[Any]) -> list[Piece]:
+    def interleaved(self, items: Sequence[Any], completion: str = "") -> list[Piece]:
         """Texts and images in reading order, written out."""
         pieces: list[Piece] = []
         around = Piece(AROUND_IMAGE, is_control=True)
@@ -221,7 +221,7 @@ class IdeficsReader(Reader):
                 after_image = pieces and pieces[-1] is around
                 pieces += [] if after_image else [around]
                 pieces += [Piece(IMAGE_TOKEN, is_control=True), around]
-        return pieces
+        return pieces + [Piece(completion, is_target=True)] * bool(completion)
 
     def dialogue(self, turns: Sequence[Said], completion: str) -> list[Piece]:
         """A dialogue up to the completion, written out with its begin token."""

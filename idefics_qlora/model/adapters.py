@@ -48,7 +48,8 @@ def add_lora(
             vision tower, the perceiver, the cross-attention and the text layers), no biases. One
             that names no modules gets these. ``"makers"``: what the makers of the base published
             for fine-tuning (Idefics3 and SmolVLM: r=8, alpha=8, dropout 0.1, also on ``o_proj``
-            and the MLPs of the text layers).
+            and the MLPs of the text layers; Idefics2: there, in the projection and the perceiver,
+            but not in the vision tower).
         seed: Decides the initial values; the global generators are left as they were.
 
     Returns:

@@ -74,7 +74,7 @@ def load_model(
     revision: str | None = None,
     longest_edge: int | None = None,
 ) -> tuple[PreTrainedModel, Processor]:
-    """Load an IDEFICS, Idefics3 or SmolVLM base, in 4 bits by default, and its processor.
+    """Load an IDEFICS, Idefics2, Idefics3 or SmolVLM base, in 4 bits by default, and its processor.
 
     Args:
         checkpoint: Hub id (``HuggingFaceM4/idefics-9b``, ``-9b-instruct``, ``-80b``,
@@ -93,7 +93,8 @@ def load_model(
         revision: Branch, tag or commit of a Hub id.
         longest_edge: Pixels of the longest side to which the processor resizes each picture, of
             Idefics3 and SmolVLM: it decides how many tiles and tokens a picture has, and so what
-            an example costs; ``preview_batch`` shows them. The size of one tile for the fewest.
+            an example costs; ``preview_batch`` shows them. The size of one tile for the fewest. Of
+            Idefics2 only larger pictures are resized, and it decides the size of tiles alone.
             ``None``: the base's own. ``load_finetuned`` takes it from the checkpoint.
 
     Returns:

@@ -228,9 +228,9 @@ def estimate_memory(
     Args:
         checkpoint: Hub id (only its ``config.json`` is fetched), local folder, or configuration.
         text_tokens: Text tokens per example, those of image tokens included.
-        images: Images per example; of Idefics3 and SmolVLM their tiles, which, like their tokens,
-            ``preview_batch`` tells for a picture. A micro-batch without any takes as much as with
-            one each, because the model is given a blank one.
+        images: Images per example; of Idefics2, Idefics3 and SmolVLM their tiles (Idefics2's as
+            large as they may be), which, like their tokens, ``preview_batch`` tells for a picture.
+            A micro-batch without any is estimated as with one each.
         micro_batch: Examples in one forward and backward pass. The estimate answers for every
             other number as well.
         gradient_checkpointing: Whether layers are recomputed. The estimate answers for both.

@@ -6,8 +6,8 @@
 The model has every part of the large ones (vision tower, perceiver, gated cross-attention,
 decoupled head) in 2.3 million parameters. It was pre-trained on drawn scenes with plain captions
 (`tools/pretrain_tiny.py`) and has never seen a card: a fine-tuning that works is visible within
-minutes on two CPU cores. `load_model(family="smolvlm")` and `"idefics3"` give untrained bases of
-the families that followed.
+minutes on two CPU cores. `load_model(family="smolvlm")`, `"idefics3"` and `"idefics2"` give
+untrained bases of the families that followed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def load_model(*, family: str = "idefics", **kwargs: Any) -> tuple[PreTrainedMod
     """Load a small base in 4 bits, with its processor.
 
     Args:
-        family: `idefics`, or one of its successors, `idefics3` or `smolvlm`: bases that are
-            untrained, and written into the cache folder when they are first asked for.
+        family: `idefics`, or one of its successors, `idefics2`, `idefics3` or `smolvlm`: bases
+            that are untrained, and written into the cache folder when they are first asked for.
         **kwargs: Passed on to `idefics_qlora.load_model`.
 
     Returns:

@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
+    Idefics2ImageProcessor,
+    Idefics2Processor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessor,
@@ -38,7 +42,8 @@ IMAGE_TOKENS = ["<fake_token_around_image>", "<image>"]
 TILE_TOKENS = ["<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))]
 
 TILE, LONGEST_EDGE = 64, 128
-"""Pixels: of a tile's side, and of the longest side of a picture."""
+"""Pixels: of a tile's side, and of the longest side of a picture; of Idefics2's shortest and
+longest."""
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}"
@@ -54,7 +59,7 @@ def built(family: str) -> Path:
     """The folder of a family's small base, in the cache folder; written if it is not there.
 
     Args:
-        family: ``idefics3`` or ``smolvlm``.
+        family: ``idefics2``, ``idefics3`` or ``smolvlm``.
     """
     folder = cache_folder(DEFAULT_ACCESS) / "tiny" / f"{family}-1"
     if folder.is_dir():
@@ -102,12 +107,10 @@ def smolvlm() -> tuple[Any, Any]:
 def idefics3() -> tuple[Any, Any]:
     """As Idefics3-8B: rows and columns are ordinary text, each text has a begin token."""
     begin = "<|begin_of_text|>"
-    trained = _trained([begin, "<|end_of_text|>", *IMAGE_TOKENS, "<end_of_utterance>"])
-    trained.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", special_tokens=[(begin, trained.token_to_id(begin))]
-    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=trained,
+        tokenizer_object=_begun(
+            [begin, "<|end_of_text|>", *IMAGE_TOKENS, "<end_of_utterance>"], begin
+        ),
         bos_token=begin,
         eos_token="<|end_of_text|>",
         pad_token="<|end_of_text|>",
@@ -123,7 +126,47 @@ def idefics3() -> tuple[Any, Any]:
         return Idefics3ForConditionalGeneration(config), processor
 
 
-BUILDERS = {"idefics3": idefics3, "smolvlm": smolvlm}
+def idefics2() -> tuple[Any, Any]:
+    """As idefics2-8b: image splitting, a perceiver, each text has a begin token."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_begun(
+            ["<unk>", "<s>", "</s>", *IMAGE_TOKENS, "<end_of_utterance>"], begin="<s>"
+        ),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+    )
+    size = {"shortest_edge": TILE, "longest_edge": LONGEST_EDGE}
+    half = [0.5, 0.5, 0.5]
+    images = Idefics2ImageProcessor(
+        size=size, do_image_splitting=True, image_mean=half, image_std=half
+    )
+    processor = Idefics2Processor(images, tokenizer, image_seq_len=4, chat_template=TEMPLATE)
+    settings = _settings(tokenizer)
+    del settings["scale_factor"]
+    settings["vision_config"]["image_size"] = LONGEST_EDGE
+    settings["text_config"]["model_type"] = "mistral"
+    config = Idefics2Config(
+        **settings,
+        perceiver_config={
+            "hidden_size": settings["text_config"]["hidden_size"],
+            "rms_norm_eps": 1e-5,
+            "resampler_n_latents": 4,
+            "resampler_depth": 2,
+            "resampler_n_heads": 4,
+            "resampler_head_dim": 32,
+            "num_key_value_heads": 2,
+        },
+    )
+    with seeded(SEED, torch.device("cpu")):
+        model = Idefics2ForConditionalGeneration(config)
+        # Equal latents, as a fresh model has them, would give equal features.
+        torch.nn.init.normal_(model.model.connector.perceiver_resampler.latents)
+    return model, processor
+
+
+BUILDERS = {"idefics2": idefics2, "idefics3": idefics3, "smolvlm": smolvlm}
 """By ``model_type``."""
 
 
@@ -143,6 +186,15 @@ def _trained(special_tokens: list[str]) -> Tokenizer:
         for card in all_cards("train")
     ]
     tokenizer.train_from_iterator([*texts, "System: User: Assistant:"], trainer)
+    return tokenizer
+
+
+def _begun(special_tokens: list[str], begin: str) -> Tokenizer:
+    """Such a tokenizer that puts a token before each text."""
+    tokenizer = _trained(special_tokens)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+    )
     return tokenizer
 
 

@@ -1,106 +1,59 @@
 """What goes with which base: adapters, processors, sizes of pictures."""
 
 import copy
+import re
 
 import pytest
 import torch
 from helpers import config_of
 from peft import LoraConfig
+from published import PUBLISHED
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import Idefics3Config, SmolVLMConfig
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.families import family_of_config
+from idefics_qlora.families import FAMILIES, family_of, family_of_config
 from idefics_qlora.model.precision import set_compute_dtype
 
-SO400M = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "patch_size": 14,
+TWO_PARTS = {"vision tower", "text layers"}
+WITH_ADAPTERS = {
+    "idefics": [{*FAMILIES["idefics"].parts}],
+    "idefics2": [{*TWO_PARTS, "perceiver"}, {"projection", "perceiver", "text layers"}],
+    "idefics3": [TWO_PARTS, TWO_PARTS],
+    "smolvlm": [TWO_PARTS, TWO_PARTS],
 }
-BASE_16 = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "patch_size": 16,
-    "image_size": 512,
-}
-NAMES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads"),
-)
-# configuration, vision tower, scale factor, text layers; parameters, q/k/v r=16, the makers'
-PUBLISHED = {
-    "Idefics3-8B-Llama3": (
-        *(Idefics3Config, {**SO400M, "image_size": 364}, 2),
-        (128259, 4096, 14336, 32, 32, 8),
-        *(8_462_086_384, 12_423_168, 22_464_512),
-    ),
-    "SmolVLM-Instruct": (
-        *(Idefics3Config, {**SO400M, "image_size": 384}, 3),
-        (49155, 2048, 8192, 24, 32, 32),
-        *(2_246_272_880, 7_704_576, 10_536_960),
-    ),
-    "SmolVLM2-2.2B": (
-        *(SmolVLMConfig, {**SO400M, "image_size": 384}, 3),
-        (49280, 2048, 8192, 24, 32, 32),
-        *(2_246_784_880, 7_704_576, 10_536_960),
-    ),
-    "SmolVLM2-500M": (
-        *(SmolVLMConfig, BASE_16, 4),
-        (49280, 960, 2560, 32, 15, 5),
-        *(507_482_304, 3_178_496, 4_784_128),
-    ),
-    "SmolVLM-256M": (
-        *(Idefics3Config, BASE_16, 4),
-        (49280, 576, 1536, 30, 9, 3),
-        *(256_484_928, 2_174_976, 2_884_608),
-    ),
-}
-
-
-def configuration(name):
-    """The configuration of a published base."""
-    kind, vision, scale_factor, text, *_ = PUBLISHED[name]
-    return kind(
-        vision_config=vision,
-        text_config={"model_type": "llama", **dict(zip(NAMES, text, strict=True))},
-        scale_factor=scale_factor,
-        tie_word_embeddings=False,
-    )
+"""The parts that the default adapter reaches, and the makers'."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_bases_have_the_known_parameters(name):
     """Of the base, of the default adapter, and of that which the makers published."""
-    config = configuration(name)
-    family = family_of_config(config)
+    published = PUBLISHED[name]
+    family = family_of_config(published.configuration())
+    loras = [None, *["makers"] * (published.makers_lora is not None)]
     trainable = []
-    for lora in (None, "makers"):
+    for lora in loras:
         with torch.device("meta"):
-            base = family.model_class()(copy.deepcopy(config))
+            base = family.model_class()(published.configuration())
             total = sum(p.numel() for p in base.parameters())
             model = iq.add_lora(base, lora)
         trainable.append(model.get_nb_trainable_parameters()[0])
         parts = {family.part_of(n) for n, p in model.named_parameters() if p.requires_grad}
-        assert parts == {"vision tower", "text layers"}
+        assert parts == WITH_ADAPTERS[family.model_type][lora == "makers"]
         assert {family.part_of(n) for n, _ in model.named_parameters()} == set(family.parts)
-    assert [total, *trainable] == list(PUBLISHED[name][4:])
+    known = [published.default_lora, published.makers_lora]
+    assert [total, *trainable] == [published.parameters, *known[: len(loras)]]
 
 
 def test_the_makers_recipe(base):
     """r=8, alpha=8, dropout 0.1, gaussian; IDEFICS has none."""
-    config = iq.add_lora(base, "makers").active_peft_config
+    model = iq.add_lora(base, "makers")
+    config, names = model.active_peft_config, dict(model.named_parameters())
     assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 8, 0.1)
     assert config.init_lora_weights == "gaussian"
-    assert config.target_modules == {
-        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    }
+    for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert any(re.search(rf"text_model\.layers\.0\..*{kind}\.lora_A", name) for name in names)
 
 
 def test_there_is_no_makers_recipe_for_idefics(loaded):
@@ -116,20 +69,47 @@ def test_linear_layers_are_quantised_but_the_head(base):
     quantised = {n for n, m in base.named_modules() if type(m).__name__ == "Linear4bit"}
     linear = {n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
     assert linear - quantised == {"lm_head"}
-    assert "model.connector.modality_projection.proj" in quantised
+    assert {family_of(base).part_of(name) for name in quantised} == set(family_of(base).parts)
 
 
-def test_flops_follow_the_parameters():
-    """4 operations per weight and token; per tile, those of its patches."""
-    config = configuration("SmolVLM2-500M")
+@pytest.mark.parametrize(
+    ("name", "patches"),
+    [
+        ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", 32**2),
+        ("HuggingFaceM4/idefics2-8b", 70**2),
+    ],
+)
+def test_flops_follow_the_parameters(name, patches):
+    """4 operations per weight and token; per tile, those of its patches, and the connector's."""
+    config = PUBLISHED[name].configuration()
     family = family_of_config(config)
     with torch.device("meta"):
         base = family.model_class()(config)
     text = sum(p.numel() for n, p in base.named_parameters() if family.part_of(n) == "text layers")
     text -= base.model.text_model.embed_tokens.weight.numel()
     assert family.training_flops(config, 10, 0) == pytest.approx(40 * text, rel=1e-3)
-    vision = sum(p.numel() for p in base.model.vision_model.encoder.parameters())
-    assert family.training_flops(config, 0, 3) == pytest.approx(12 * 32**2 * vision, rel=1e-2)
+    products = 0
+    for part, tokens in seen_by(base, patches):
+        products += tokens * sum(p.numel() for p in part.parameters() if p.dim() == 2)
+    assert family.training_flops(config, 0, 3) == pytest.approx(12 * products, rel=1e-3)
+
+
+def seen_by(base, patches):
+    """The modules that see a tile, and how many tokens each of them sees."""
+    yield base.model.vision_model.encoder, patches
+    connector = base.model.connector
+    if not hasattr(connector, "perceiver_resampler"):
+        scale_factor = base.config.scale_factor
+        yield connector, patches // scale_factor**2
+        return
+    yield connector.modality_projection, patches
+    latents = len(connector.perceiver_resampler.latents)
+    for layer in connector.perceiver_resampler.layers:
+        yield from ((m, latents) for m in (layer.self_attn.q_proj, layer.self_attn.o_proj))
+        yield from (
+            (m, latents + patches) for m in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+        )
+        yield layer.mlp, latents
 
 
 def test_a_processor_of_another_family_is_refused(successor, loaded, examples):
@@ -152,6 +132,8 @@ def test_a_processor_of_another_family_is_refused(successor, loaded, examples):
 def test_a_processor_of_another_base_is_refused(successor, processor, examples, change, reason):
     """What would fail deep in the model, or not at all, is told first."""
     for name, value in change.items():
+        if name == "max_image_size" and not hasattr(processor.image_processor, name):
+            pytest.skip("tiles of Idefics2 have no size of their own")
         owner = processor if hasattr(processor, name) else processor.image_processor
         setattr(owner, name, value)
     with pytest.raises(ValueError, match=reason):
@@ -162,9 +144,11 @@ def test_the_longest_edge_decides_what_a_picture_costs(successor, examples, tmp_
     """It is a setting of loading, kept by the checkpoint, and a run goes on with the same alone."""
     folder = successor[0].name_or_path
     base, processor = iq.load_model(folder, device="cpu", longest_edge=64)
-    reader = Collator(processor).reader
-    picture = examples[0].prompt[0]
-    assert reader.num_tiles(reader.pixels(picture, None)) == 1
+    collator = Collator(processor)
+    assert collator(examples[:1]).vision.pixel_values.numel() == 3 * 64 * 64 * num_tiles(base)
+    assert Collator(successor[1])(examples[:1]).vision.pixel_values.shape[1:] == {
+        "idefics2": (5, 3, 128, 94)
+    }.get(base.config.model_type, (5, 3, 64, 64))
     model = iq.add_lora(base)
     config = config_of(tmp_path, max_steps=1)
     iq.train(model, processor, examples, config=config)
@@ -178,6 +162,11 @@ def test_the_longest_edge_decides_what_a_picture_costs(successor, examples, tmp_
             iq.load_model(folder, device="cpu", longest_edge=edge)
 
 
+def num_tiles(base):
+    """Of a picture whose sides are one tile long: Idefics2 has its quarters nevertheless."""
+    return 5 if base.config.model_type == "idefics2" else 1
+
+
 def test_pictures_of_idefics_have_one_size():
     """A setting that cannot act is an error."""
     with pytest.raises(ValueError, match="longest_edge=512: pictures of 'idefics' models have one"):
@@ -186,14 +175,18 @@ def test_pictures_of_idefics_have_one_size():
 
 def test_an_unknown_family_of_small_bases():
     """The error lists those that are known."""
-    with pytest.raises(ValueError, match="'idefics4': expected one of idefics, idefics3, smolvlm"):
+    with pytest.raises(
+        ValueError, match="'idefics4': expected one of idefics, idefics2, idefics3, smolvlm"
+    ):
         iq.tiny.load_model(family="idefics4")
 
 
 def test_an_unknown_base_lists_the_known(tmp_path):
     """By their types and by examples."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match=r"'llama' model: .*'idefics'.*'idefics3'.*'smolvlm'"):
+    with pytest.raises(
+        ValueError, match=r"'llama' model: .*'idefics'.*'idefics2'.*'idefics3'.*'smolvlm'"
+    ):
         iq.load_model(tmp_path)
 
 
@@ -204,7 +197,8 @@ def test_the_estimate_counts_what_the_graph_saves(successor, processor, micro_ba
     model = iq.add_lora(copy.deepcopy(successor[0]), lora).train()
     set_compute_dtype(model, torch.float32)
     rows = iq.tiny.creature_cards(1)
-    example = iq.Example([rows[0]["image"], "Who? " * 40], " It.")
+    picture = rows[0]["image"].resize((256, 256))  # every tile as large as it may be
+    example = iq.Example([picture, "Who? " * 40], " It.")
     batch = Collator(processor)([example] * micro_batch)
     inputs = batch.inputs()
     there = [*model.parameters(), *model.buffers(), *inputs.values()]
