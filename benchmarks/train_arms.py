@@ -92,7 +92,7 @@ ARMS = {
     "d-mixed": Arm("ours 16 x 1", 0.25, rows="mixed", warmup=80),
     "g": Arm("ours 16 x 1 without a loader", 0.16, loader=False),
     "i": Arm("ours, auto, 24 GB", 0.2, micro_batch="auto", memory_gb=24),
-    "d-jpeg": Arm("ours 16 x 1, JPEG files", 0.3, rows="jpeg"),
+    "d-jpeg": Arm("ours 16 x 1, JPEG files", 0.25, rows="jpeg", warmup=80),
     "a-mixed": Arm("Trainer 2 x 8", 4.2, trainer=True, micro_batch="small", rows="mixed"),
 }
 """What tells most comes first."""

@@ -33,8 +33,15 @@ class Execution(Protocol):
     def reached(self) -> Sequence[Parameter] | None:
         """The parameters that got a gradient in this window; ``None``: their hooks have told."""
 
-    def begin_window(self) -> None:
-        """Take over the present values of the adapter: before a window's first micro-batch."""
+    def is_unchanged(self) -> bool:
+        """Whether nobody has changed the model since the last window began; costs milliseconds."""
+
+    def begin_window(self, *, unchanged: bool) -> None:
+        """Take over the present values of the adapter: before a window's first micro-batch.
+
+        Args:
+            unchanged: Whether :meth:`is_unchanged` has said so, and nobody had a chance since.
+        """
 
     def micro_batch_backward(
         self,
@@ -75,7 +82,11 @@ class Eager:
         self._model, self._dtype = model, dtype
         self._device = next(model.parameters()).device
 
-    def begin_window(self) -> None:
+    def is_unchanged(self) -> bool:
+        """It does not matter here."""
+        return True
+
+    def begin_window(self, *, unchanged: bool) -> None:
         """Nothing to do."""
 
     def micro_batch_backward(
@@ -120,18 +131,28 @@ class Fast:
             return None
         return [p for p in self._path.reached if p.requires_grad]  # frozen meanwhile: no more
 
-    def begin_window(self) -> None:
+    def is_unchanged(self) -> bool:
+        """As :class:`Execution` says."""
+        if self._is_eager:
+            return self._why_eager() is not None
+        return self._why_eager() is None and self._path.is_unchanged()
+
+    def begin_window(self, *, unchanged: bool) -> None:
         """Look for hooks; cast A and B once."""
-        why = None
-        if any(self._hooks) or any(map(_has_hooks, self._path.parameters)):
-            why = "there are hooks on the model"
-        elif any(map(has_other_forward, self._modules)):
-            why = "a module's forward was replaced"
-        if why and not self._is_eager:
-            logger.info("%s: micro-batches go through its own layers", why)
-        self._is_eager = why is not None
+        if not unchanged:
+            why = self._why_eager()
+            if why and not self._is_eager:
+                logger.info("%s: micro-batches go through its own layers", why)
+            self._is_eager = why is not None
         if not self._is_eager:
-            self._path.begin_window()
+            self._path.begin_window(unchanged=unchanged)
+
+    def _why_eager(self) -> str | None:
+        if any(self._hooks) or any(map(_has_hooks, self._path.parameters)):
+            return "there are hooks on the model"
+        if any(map(has_other_forward, self._modules)):
+            return "a module's forward was replaced"
+        return None
 
     def micro_batch_backward(
         self,

@@ -185,28 +185,47 @@ class FastPath:
             torch._C._cuda_clearCublasWorkspaces()  # that of the graphs' stream lies in their pool
             torch.cuda.empty_cache()
 
-    def begin_window(self) -> None:
+    def is_unchanged(self) -> bool:
+        """Whether all that graphs rely on is what it was when the last window began."""
+        return self.linears.is_current and self._facts == self._present_facts()
+
+    def begin_window(self, *, unchanged: bool = False) -> None:
         """Take over the present values of the adapter: before the first micro-batch of a window.
 
         Graphs add to the ``.grad`` that is there now: zero it, do not set it to ``None``.
+
+        Args:
+            unchanged: Whether :meth:`is_unchanged` has said so since anybody else could change the
+                model.
         """
+        if not unchanged:
+            self._take_over()
+        self.linears.refresh(self.dtype)
+
+    def _take_over(self) -> None:
         if not self.linears.is_current:
             logger.info("the adapter's layers were changed: the fast path is set up anew")
             self.free_graphs()
             self.blocks.uninstall()
             self.linears.uninstall()
             self._install()
-        self.linears.refresh(self.dtype)
-        if self.why_eager is not None:
-            return
-        facts: list[Any] = [module.training for module in self._modules]
-        for parameter in self.parameters:
-            if parameter.grad is None:  # a graph must not allocate what outlives it
-                parameter.grad = torch.zeros_like(parameter)
-            facts += [parameter.data_ptr(), parameter.grad.data_ptr(), parameter.requires_grad]
+        if self.why_eager is None:
+            for parameter in self.parameters:
+                if parameter.grad is None:  # a graph must not allocate what outlives it
+                    parameter.grad = torch.zeros_like(parameter)
+        facts = self._present_facts()
         if self._graphs and facts != self._facts:
             self.free_graphs()  # they would read and write what is elsewhere now
         self._facts = facts
+
+    def _present_facts(self) -> list[Any]:
+        """Addresses and modes that graphs have been recorded with; nothing where there are none."""
+        if self.why_eager is not None:
+            return []
+        facts: list[Any] = [module.training for module in self._modules]
+        for p in self.parameters:
+            facts += (p.data_ptr(), p.grad is not None and p.grad.data_ptr(), p.requires_grad)
+        return facts
 
     def micro_batch_backward(
         self,

@@ -144,6 +144,10 @@ class FlatAdamW(torch.optim.Optimizer):
             if buffer.weights.is_cuda and isinstance(buffer.moments, _TorchMoments):
                 torch.empty_like(buffer.weights)
 
+    def is_unchanged(self) -> bool:
+        """Whether all parameters and gradients lie in flat memory."""
+        return all(slot.is_linked() for slot in self._slots)
+
     def begin_window(self) -> None:
         """Clear all gradients, and take over what a callback has moved or deleted meanwhile.
 

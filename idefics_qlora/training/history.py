@@ -72,6 +72,7 @@ class History:
         state = self._state
         for record in state.log_history[state.num_told :]:
             if self._on_log is not None:
+                state.is_unchanged = False  # it may do anything to the model
                 try:
                     self.stop_asked |= self._on_log(dict(record)) is STOP
                 except Exception:

@@ -140,6 +140,7 @@ def finish_step(run: Run) -> None:
     has_eval_rows = run.inputs.held_out is not None
     if has_eval_rows and (last or due(state.global_step, config.eval_steps)):
         evaluation = run.evaluate()
+        state.is_unchanged = False
     state.finished_step = state.global_step
     if state.is_over or due(state.global_step, config.save_steps):
         run.saving.save(evaluation)
@@ -198,6 +199,8 @@ def train_step(state: TrainState, window: Window) -> StepOutput | None:
             f"precision={state.config.precision!r}; the weights are untouched; look at these rows, "
             "or lower learning_rate"
         )
+    # While the GPU works; on_log and evaluations, which let others at the model, take it back.
+    state.is_unchanged = state.optimizer.is_unchanged() and state.execution.is_unchanged()
     state.optimizer.reserve()
     state.half_updated = True
     skipped = not state.scaler.step(state.optimizer)  # sync: whether every gradient is finite

@@ -65,6 +65,8 @@ class TrainState(Counters):
     """Which adapters the first gradient reached (of this process's part of the run)."""
     window_rng: dict[str, Tensor] = field(default_factory=dict)
     """The random states before the last window."""
+    is_unchanged: bool = False
+    """Whether the last window's passes are known to be set up for the next one's."""
     half_updated: bool = False
     """Whether a step is between its first change of a weight and its last change of a counter."""
 

@@ -30,7 +30,8 @@ def window_backward(state: TrainState, window: Window) -> Tensor:
     Raises:
         WindowTooLarge: If not even a single example fits.
     """
-    state.optimizer.begin_window()
+    if not state.is_unchanged:
+        state.optimizer.begin_window()
     first = FirstSize(state, window) if state.growing else None
     size, tries = size_for(state, window), 1
     while isinstance(loss := _try_backward(state, window, size), int):
@@ -45,6 +46,7 @@ def window_backward(state: TrainState, window: Window) -> Tensor:
             )
         size, tries = smaller(state, window, size, start=loss), tries + 1
         restore_rng(state.window_rng, state.device)
+        state.is_unchanged = False
     if first is not None:
         first.settle(tries)
     if (reached := state.execution.reached) is not None:
@@ -57,7 +59,7 @@ def _try_backward(state: TrainState, window: Window, size: int) -> Tensor | int:
     loss = torch.zeros((), device=state.device)
     start = 0
     try:
-        state.execution.begin_window()
+        state.execution.begin_window(unchanged=state.is_unchanged)
         for start, batch in zip(
             range(0, len(window.lengths), size), window.micro_batches(size), strict=True
         ):
