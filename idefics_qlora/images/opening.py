@@ -34,6 +34,10 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | Mapping[str, Any] | Image.
 
 logger = logging.getLogger(__name__)
 
+LONGEST_SHAPE = 1000
+"""How many times as long as wide a picture may be that is meant for a model: in the sizes that
+models see, less than a pixel would be left of the width."""
+
 _purpose: ContextVar[tuple[int | None, Kept | None]] = ContextVar("purpose", default=(None, None))
 
 
@@ -79,12 +83,25 @@ def open_image(
 
     Raises:
         BadImage: If there is no such picture, or it may not be opened, or it cannot be decoded, or
-            it is too large. Nothing else is raised, whatever the source is.
+            it is too large, or, where a model asks for the row, over 1000 times as long as wide.
+            Nothing else is raised, whatever the source is.
     """
     name = _describe(source)
     access = access_in_force() if access is None else access
+    for_a_model, _ = _purpose.get()
     if min_side is None and access.draft:
-        min_side, _ = _purpose.get()
+        min_side = for_a_model
+    image = _opened(source, name, access, min_side)
+    if for_a_model and max(image.size) > LONGEST_SHAPE * min(image.size):
+        raise BadImage(
+            name,
+            f"{image.width} x {image.height} pixels: over {LONGEST_SHAPE} times as long as wide, "
+            "so that a model sees nothing of it; crop it, or leave it out",
+        )
+    return image
+
+
+def _opened(source: Source, name: str, access: ImageAccess, min_side: int | None) -> Image.Image:
     try:
         if isinstance(source, Image.Image):
             return mark_origin(decode(source, name, access, min_side), source)

@@ -102,7 +102,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: If a local folder, or its ``config.json``, does not exist.
-        ValueError: If it holds another architecture, or an argument cannot work.
+        ValueError: If it holds another architecture, or weights that do not fit its
+            ``config.json``, or an argument cannot work.
         CheckpointError: If a file of a folder that ``save_quantized`` wrote is missing, truncated
             or altered (a ``ValueError``).
         RuntimeError: If the GPU's memory does not suffice.
@@ -131,13 +132,18 @@ def load_model(
     )
     try:
         with _showing(f"loading {name}"):
-            model = family.model_class().from_pretrained(
+            model, info = family.model_class().from_pretrained(
                 name,
                 revision=revision,
                 dtype=(config.dtype or compute_dtype) if packed else compute_dtype,
                 device_map={"": device},
                 quantization_config=quantization if quantize and not packed else None,
+                output_loading_info=True,
             )
+        if missing := sorted(info["missing_keys"]):  # transformers makes them up, and goes on
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            lacks = f"they lack {', '.join(missing[:3])}{more}"
+            raise _other_weights(name, family.model_type, lacks)
         model.requires_grad_(False)
         if packed:
             _compute_in(model, compute_dtype)
@@ -146,6 +152,9 @@ def load_model(
         else:
             unnest_if_small(model, device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
+        if "ignore_mismatched_sizes" in str(error):
+            how = "they have other shapes, which the report of transformers above lists"
+            raise _other_weights(name, family.model_type, how) from error
         # transformers collects what goes wrong while quantising, memory included, and tells that
         # something did.
         collected = "automatic conversion of the weights" in str(error) and device.type == "cuda"
@@ -189,6 +198,13 @@ def _showing(what: str) -> Iterator[None]:
     finally:
         if has_bar:
             transformers_logging.enable_progress_bar()
+
+
+def _other_weights(name: str, model_type: str, how: str) -> ValueError:
+    return ValueError(
+        f"the weights of {name} are not those of the {model_type!r} model that its config.json "
+        f"describes: {how}; get all files of one base, whole"
+    )
 
 
 def _compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -112,16 +112,6 @@ def seen_by(base, patches):
         yield layer.mlp, latents
 
 
-def test_a_processor_of_another_family_is_refused(successor, loaded, examples):
-    """Before anything is computed, by every function that takes both."""
-    model, processor = successor
-    for function in (iq.evaluate, iq.generate, iq.image_use):
-        with pytest.raises(ValueError, match="processor does not go with the model: it is a Idef"):
-            function(model, loaded[1], examples[:2])
-        with pytest.raises(ValueError, match="that of a 'idefics' model a IdeficsProcessor"):
-            function(loaded[0], processor, examples[:2])
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
