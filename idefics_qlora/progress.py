@@ -52,6 +52,16 @@ def way_of(progress: Progress | None = None) -> str:
     return progress
 
 
+@contextlib.contextmanager
+def asked(progress: Progress) -> Iterator[None]:
+    """Whatever happens in this block is shown as the setting says."""
+    token = _asked.set(progress)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
 def say(text: str) -> None:
     """Write a line at once, above a bar if there is one; a closed stderr stops nothing."""
     with contextlib.suppress(OSError, ValueError):
@@ -86,6 +96,16 @@ class Counting:
         self._done += number
         self._note = note
         self.show_if_due()
+
+    def note(self, note: str) -> None:
+        """Show this behind the count, if that is due."""
+        self._note = note
+        self.show_if_due()
+
+    def clear(self) -> None:
+        """Let what is printed next stand on a line of its own, until it is shown again."""
+        if self._bar is not None:
+            self._bar.clear()
 
     def show_if_due(self) -> None:
         """Show it, if it takes long and was not shown just now."""
@@ -348,13 +368,12 @@ def showing_run(
     progress: Progress, total: int, done: int, memory: Callable[[], int]
 ) -> Iterator[RunProgress]:
     """Show a run as the setting says, and in the same way all that happens in its course."""
-    token = _asked.set(progress)
-    shown = _WAYS.get(way_of(), RunProgress)(total, done, memory)
-    try:
-        yield shown
-    finally:
-        shown.close()
-        _asked.reset(token)
+    with asked(progress):
+        shown = _WAYS.get(way_of(), RunProgress)(total, done, memory)
+        try:
+            yield shown
+        finally:
+            shown.close()
 
 
 class EvalTable:

@@ -194,6 +194,63 @@ def test_what_cannot_be_counted_is_shown_while_it_goes_on(monkeypatch):
     assert "progress" not in [thread.name for thread in progress.threading.enumerate()]
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """Whatever takes long is shown from its beginning on, each time there is something new."""
+    for name in ("AFTER_S", "REFRESH_S", "LINES_S"):
+        monkeypatch.setattr(progress, name, 0.0)
+
+
+def test_generating_tells_of_every_token(base, processor, examples, capfd, at_once):
+    """Also of a single batch, and of texts that are taken one by one; those are the same."""
+    prompts = [example.prompt for example in examples[:3]]
+    with progress.asked("none"):
+        quiet = iq.generate(base, processor, prompts, max_new_tokens=3, batch_size=2)
+    assert capfd.readouterr().err == ""
+    assert [*iq.generate_iter(base, processor, prompts, max_new_tokens=3, batch_size=2)] == quiet
+    lines = capfd.readouterr().err.splitlines()
+    tokens = [f"token {number} of 3" for number in (1, 2, 3)]
+    assert [re.sub(r"\d\d:\d\d(, )?", "", line) for line in lines] == [
+        *(f"generating: 0 of 3 texts, {token}" for token in tokens),
+        "generating: 2 of 3 texts, ",
+        *(f"generating: 2 of 3 texts, {token}" for token in tokens),
+        "generating: 3 of 3 texts, ",
+        "generating: 3 of 3 texts, over",
+    ]
+
+
+def test_a_bar_leaves_the_line_to_texts_that_are_printed(base, processor, examples, capfd, at_once):
+    """Whoever prints each text of ``generate_iter`` on a terminal finds the line empty."""
+    prompts = [example.prompt for example in examples[:4]]
+    with progress.asked("bar"):
+        texts = iq.generate_iter(base, processor, prompts, max_new_tokens=2, batch_size=2)
+        for number in range(4):
+            next(texts)
+            shown = capfd.readouterr().err
+            assert shown.rpartition("\r")[2].strip() == ""
+            assert ("token 2 of 2" in shown) == (number % 2 == 0)
+    texts.close()
+
+
+def test_evaluations_tell_of_every_token(lora, processor, examples, tmp_path, capfd, at_once):
+    """Rows that are looked at, batches, answers, samples and pictures that are compared."""
+    config = config_of(
+        tmp_path, max_steps=1, eval_steps=1, save_steps=1, eval_samples=2, eval_image_use=True,
+        eval_max_new_tokens=3, progress="lines",
+    )  # fmt: skip
+    metrics = {"exact": iq.metrics.exact_match}
+    iq.train(lora, processor, examples, examples[:4], config=config, metrics=metrics)
+    lines = {re.sub(r"\d\d:\d\d(, )?", "", line) for line in capfd.readouterr().err.splitlines()}
+    assert {
+        "looking at train_rows: 40 of 40 rows, ",
+        "looking at eval_rows: 4 of 4 rows, ",
+        "evaluating: 1 of 2 batches, ",
+        "evaluating: 2 of 2 batches, answering 4 rows, token 3 of 3",
+        "comparing pictures: 12 of 12 rows, ",
+        "captioning: 0 of 2 samples, token 2 of 64",
+    } <= lines
+
+
 def test_stop_ends_a_run_that_goes_on_later(base, processor, examples, tmp_path):
     """``on_log`` ends the run after its step, evaluated and saved; another start goes on."""
     config = config_of(tmp_path, max_steps=4, eval_steps=2, save_steps=4)

@@ -188,7 +188,7 @@ def preview_batch(
             )
         )
     preview = Preview(tuple(examples))
-    if not _in_notebook():
+    if sys.stdout is not None and not _in_notebook():  # a program without a console has none
         color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(preview.text(shutil.get_terminal_size((100, 24)).columns, color))
     seen.tell(Notices())

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from idefics_qlora.config import OnBadRow, check_choice, check_whole
 from idefics_qlora.data.bad_rows import BadRow
@@ -23,7 +24,7 @@ from idefics_qlora.families.family import Model, Processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.precision import evaluation_mode
 from idefics_qlora.notices import Notices, advising
-from idefics_qlora.progress import counting
+from idefics_qlora.progress import Counting, counting
 
 logger = logging.getLogger(__name__)
 
@@ -119,13 +120,7 @@ def generate(
         access=access,
         **generate_options,
     )
-    texts = []
-    total = len(prompts) if isinstance(prompts, Sized) else None
-    with counting("generating", total, "texts") as counted:
-        for text in answers:
-            texts.append(text)
-            counted.advance()
-    return texts
+    return list(answers)
 
 
 def generate_iter(
@@ -189,7 +184,7 @@ def generate_iter(
     together = TOGETHER if batch_size == "auto" else min(TOGETHER, batch_size)
     loading = loading_prompts(rows, to_example, collator, num_workers, together)
 
-    def write(prompts: Sequence[Prompt]) -> list[str]:
+    def write(prompts: Sequence[Prompt], counted: Counting) -> list[str]:
         return generate_from_tokens(
             model,
             collator,
@@ -197,6 +192,7 @@ def generate_iter(
             [prompt.pixels for prompt in prompts],
             len(prompts),
             max_new_tokens,
+            counted.note,
             return_full_text=return_full_text,
             **generate_options,
         )
@@ -205,22 +201,24 @@ def generate_iter(
     largest = LARGEST_SIZE if on_gpu else FIRST_SIZE
     if batch_size != "auto":
         largest = batch_size
-    return _answers(loading, write, batch_size, largest, on_bad_row)
+    total = len(rows) if isinstance(rows, Sized) else None
+    return _answers(loading, write, batch_size, largest, on_bad_row, total)
 
 
 def _answers(
     loading: Loading[Prompts],
-    write: Callable[[Sequence[Prompt]], list[str]],
+    write: Callable[[Sequence[Prompt], Counting], list[str]],
     batch_size: BatchSize,
     largest: int,
     on_bad_row: OnBadRow,
+    total: int | None,
 ) -> Iterator[str | None]:
     """A text for each prompt, batch by batch; ``None`` for a bad row."""
     size = FIRST_SIZE if batch_size == "auto" else batch_size
     notices = Notices()
     waiting: deque[Prompt | BadRow] = deque()
     is_read, broken = False, ""
-    with loading as chunks:
+    with loading as chunks, counting("generating", total, "texts") as counted:
         while True:
             while len(waiting) < size and not is_read:
                 chunk = next(chunks, Prompts([]))
@@ -240,7 +238,7 @@ def _answers(
                     raise bad.error()
             good = [prompt for prompt in batch if isinstance(prompt, Prompt)]
             try:
-                texts = iter(write(good) if good else ())
+                texts = iter(write(good, counted) if good else ())
             except torch.OutOfMemoryError:
                 if batch_size != "auto" or len(good) == 1:
                     raise
@@ -250,6 +248,8 @@ def _answers(
                 logger.info("generating goes on with batches of %d: the memory ended", size)
                 torch.cuda.empty_cache()
                 continue
+            counted.advance(len(batch))
+            counted.clear()  # whoever gets a text may print it
             for row in batch:
                 waiting.popleft()
                 if isinstance(row, BadRow):
@@ -265,6 +265,18 @@ def _answers(
         raise ValueError(broken)
 
 
+class _Noting(StoppingCriteria):  # type: ignore[misc]
+    """Is asked after each token of a batch, and never stops one."""
+
+    def __init__(self, note: Callable[[str], None], max_new_tokens: int) -> None:
+        self._note, self._of, self._tokens = note, max_new_tokens, 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self._tokens += 1
+        self._note(f"token {self._tokens} of {self._of}")
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def generate_from_tokens(
     model: Model,
     collator: Collator,
@@ -272,6 +284,7 @@ def generate_from_tokens(
     pixels: Sequence[Sequence[Tensor]],
     batch_size: int,
     max_new_tokens: int,
+    note: Callable[[str], None],
     *,
     return_full_text: bool = False,
     **generate_options: Any,
@@ -285,6 +298,7 @@ def generate_from_tokens(
         pixels: For each, its images (3, H, W) uint8.
         batch_size: Prompts in one batch.
         max_new_tokens: Tokens at most per text.
+        note: Told in words how far a batch has come, after each token.
         return_full_text: Return the prompt's text as well.
         **generate_options: For ``transformers``' ``generate``.
     """
@@ -305,6 +319,10 @@ def generate_from_tokens(
     for start in range(0, len(tokens), batch_size):
         part = slice(start, start + batch_size)
         batch = collator.collate(tokens[part], pixels[part], padding_side="left")
+        options["stopping_criteria"] = [
+            *(generate_options.get("stopping_criteria") or ()),
+            _Noting(note, max_new_tokens),
+        ]
         with (
             advising("generating", batch_size=batch_size, max_new_tokens=max_new_tokens),
             evaluation_mode(model),

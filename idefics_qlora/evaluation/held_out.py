@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.order import EvalBatches
 from idefics_qlora.data.rows import RowReader, Rows
-from idefics_qlora.data.windows import Question, Window
+from idefics_qlora.data.windows import Window
 from idefics_qlora.data.workers import Loading
 from idefics_qlora.evaluation.predictions import Answers, Metric, metric_problems
 from idefics_qlora.families import check_model_and_processor, family_of
@@ -104,8 +104,7 @@ def evaluate(
         advising("the evaluation", **sizes),
     ):
         answers = Answers(model, collator, max_new_tokens, file)
-        record = mean_loss(model, loading, device, BadRows(on_bad_row), answers.ask)
-        answers.finish()
+        record = mean_loss(model, loading, device, BadRows(on_bad_row), answers)
     return record | (answers.scores(metrics or {}) if asks else {})
 
 
@@ -114,7 +113,7 @@ def mean_loss(
     loading: Loading[Window],
     device: torch.device,
     bad_rows: BadRows,
-    ask: Callable[[Sequence[Question]], None],
+    answers: Answers,
 ) -> dict[str, Any]:
     """Loss per target token over all windows together; otherwise as :func:`evaluate`.
 
@@ -123,7 +122,7 @@ def mean_loss(
         loading: The windows.
         device: The model's.
         bad_rows: Takes down the rows that cannot be used.
-        ask: Given the questions of each window; its time is not counted.
+        answers: Asked the questions of each window; its time is not counted.
     """
     started = time.perf_counter()
     num_batches = num_examples = num_targets = num_bad = 0
@@ -148,8 +147,12 @@ def mean_loss(
             if window.questions:
                 total.item()  # sync
                 asked = time.perf_counter()
-                ask(window.questions)
+                answers.ask(window.questions, counted.note)
                 started += time.perf_counter() - asked
+        total.item()  # sync
+        asked = time.perf_counter()
+        answers.finish(counted.note)
+        started += time.perf_counter() - asked
     bad_rows.check_share(num_bad, num_bad + num_examples, FEW_ROWS if num_examples else 0)
     loss = total.item() / num_targets  # sync
     seconds = time.perf_counter() - started

@@ -26,6 +26,7 @@ from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.loss import predictions
 from idefics_qlora.model.precision import evaluation_mode
 from idefics_qlora.notices import advising
+from idefics_qlora.progress import Counting, counting
 
 logger = logging.getLogger(__name__)
 
@@ -157,23 +158,29 @@ def image_use(
     reader = RowReader(rows, "rows", to_example, collator)
     reader.need_length()
     read: list[tuple[int, Tokens, list[Tensor]]] = []
-    for index in range(min(max_rows, len(reader))):
-        try:
-            row = reader.read(index)
-        except ValueError as error:
-            logger.warning("left out: %s", error)
-            continue
-        if row[1]:
-            read.append((index, *row))
+    number = min(max_rows, len(reader))
+    with counting("reading rows", number, "rows") as counted:
+        for index in range(number):
+            counted.advance()
+            try:
+                row = reader.read(index)
+            except ValueError as error:
+                logger.warning("left out: %s", error)
+                continue
+            if row[1]:
+                read.append((index, *row))
     if len(read) < 2:
         raise ValueError(f"{len(read)} of {len(reader)} rows have a picture: expected two or more")
     rng = np.random.default_rng(seed)
     tokens = [row_tokens for _, row_tokens, _ in read]
     own = [pixels for *_, pixels in read]
     pictures = {"own": own, "another": _exchanged(own, rng), "blank": _blank(own, collator)}
-    with advising("the comparison of pictures", batch_size=batch_size):
+    with (
+        advising("the comparison of pictures", batch_size=batch_size),
+        counting("comparing pictures", len(pictures) * len(read), "rows") as counted,
+    ):
         losses = {
-            kind: _losses(model, collator, tokens, shown, batch_size)
+            kind: _losses(model, collator, tokens, shown, batch_size, counted)
             for kind, shown in pictures.items()
         }  # each (rows, 2): summed loss and number of targets
     groups = _groups(own)
@@ -199,9 +206,11 @@ def image_use(
         shown = {"own": whole, "another": _exchanged(whole, np.random.default_rng(seed))}
         for kind, kinds_pictures in shown.items():
             placed = list(map(collator.placed, prompts, kinds_pictures))
-            texts = generate_from_tokens(
-                model, collator, placed, kinds_pictures, batch_size, max_new_tokens
-            )
+            with counting("generating", len(placed), "texts") as counted:
+                texts = generate_from_tokens(
+                    *(model, collator, placed, kinds_pictures, batch_size, max_new_tokens),
+                    counted.note,
+                )
             said = [fields(text) for text in texts]
             for name in dict.fromkeys(name for row in expected for name in row):
                 pairs = [(a[name], b.get(name)) for a, b in zip(expected, said, strict=True)
@@ -273,6 +282,7 @@ def _losses(
     tokens: Sequence[Tokens],
     pixels: Sequence[Sequence[Tensor]],
     batch_size: int,
+    counted: Counting,
 ) -> np.ndarray:
     device = next(model.parameters()).device
     sums = []
@@ -284,4 +294,5 @@ def _losses(
             batch: Batch = collator.collate(placed, pixels[part]).to(device)
             losses = predictions(model, batch).by_example(len(batch.labels))
             sums.append(torch.stack([losses, (batch.labels[:, 1:] != IGNORE).sum(1)], dim=1))
+            counted.advance(len(losses))
     return torch.cat(sums).double().cpu().numpy()  # sync

@@ -96,25 +96,26 @@ class Answers:
         self.lines: list[dict[str, Any]] = []
         """For each row its number ``row``, the ``prediction`` and the ``references``."""
 
-    def ask(self, questions: Sequence[Question]) -> None:
-        """Ask, as soon as there are enough questions for a batch."""
+    def ask(self, questions: Sequence[Question], note: Callable[[str], None]) -> None:
+        """Ask, as soon as there are enough for a batch; ``note`` is told how far it has come."""
         # A copy: what a loader worker has sent keeps a file open for each tensor.
         self._waiting += [
             Question(q.row, q.tokens, [image.clone() for image in q.pixels], q.references)
             for q in questions
         ]
         while len(self._waiting) >= AT_ONCE:
-            self._answer()
+            self._answer(note)
 
-    def finish(self) -> None:
+    def finish(self, note: Callable[[str], None]) -> None:
         """Ask the rest."""
         while self._waiting:
-            self._answer()
+            self._answer(note)
 
-    def _answer(self) -> None:
+    def _answer(self, note: Callable[[str], None]) -> None:
         asked, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
         started = time.perf_counter()
-        texts = self._generate(asked)
+        texts = self._generate(asked, lambda words: note(f"answering {len(asked)} rows, {words}"))
+        note("")
         self.seconds += time.perf_counter() - started
         for question, text in zip(asked, texts, strict=True):
             line = {"row": question.row, "prediction": text.strip()}
@@ -124,14 +125,14 @@ class Answers:
         if self._file is not None:
             self._file.flush()
 
-    def _generate(self, asked: Sequence[Question]) -> list[str]:
+    def _generate(self, asked: Sequence[Question], note: Callable[[str], None]) -> list[str]:
         """The answers; in smaller batches from now on if memory does not suffice."""
         tokens, pixels = [q.tokens for q in asked], [q.pixels for q in asked]
         while True:
             size = min(self._batch_size, len(asked))
             try:
                 return generate_from_tokens(
-                    self._model, self._collator, tokens, pixels, size, self._max_new_tokens
+                    self._model, self._collator, tokens, pixels, size, self._max_new_tokens, note
                 )
             except torch.OutOfMemoryError:
                 if size == 1:

@@ -11,6 +11,7 @@ from idefics_qlora.data.rows import RowReader
 from idefics_qlora.evaluation.generation import generate_from_tokens
 from idefics_qlora.families.family import Model
 from idefics_qlora.images.cropping import write_png
+from idefics_qlora.progress import counting
 
 
 class EvalSamples:
@@ -51,7 +52,14 @@ class EvalSamples:
 
     def caption(self, model: Model, batch_size: int) -> list[dict[str, Any]]:
         """For each row its name, its pictures' files, the text to be said, and what is said."""
-        texts = generate_from_tokens(
-            model, self.collator, self.tokens, self.pixels, batch_size, self.MAX_NEW_TOKENS
-        )
+        with counting("captioning", len(self.rows), "samples") as counted:
+            texts = generate_from_tokens(
+                model,
+                self.collator,
+                self.tokens,
+                self.pixels,
+                batch_size,
+                self.MAX_NEW_TOKENS,
+                counted.note,
+            )
         return [{**row, "text": text} for row, text in zip(self.rows, texts, strict=True)]

@@ -60,8 +60,7 @@ class Evaluations:
         config, model = self._inputs.config, self._inputs.model
         answers = Answers(model, self._held_out.reader.collator, config.eval_max_new_tokens)
         loading = self._loading(self._held_out)
-        record = mean_loss(model, loading, self._device, self._bad_rows, answers.ask)
-        answers.finish()
+        record = mean_loss(model, loading, self._device, self._bad_rows, answers)
         if config.eval_predictions:
             keep_answers(self._folder / "predictions.jsonl", step, answers.lines)
         if self._held_out.num_asked:

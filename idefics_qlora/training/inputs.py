@@ -18,7 +18,7 @@ from idefics_qlora.data.fingerprints import Fingerprint
 from idefics_qlora.data.first_rows import FirstRows, Lengths, tell_same_rows
 from idefics_qlora.data.order import EvalBatches, epoch_order
 from idefics_qlora.data.pace import Reading, chosen_workers
-from idefics_qlora.data.rows import RowReader, Rows
+from idefics_qlora.data.rows import Look, RowReader, Rows
 from idefics_qlora.evaluation.predictions import Metric, metric_problems
 from idefics_qlora.families import check_model_and_processor, family_of
 from idefics_qlora.families.family import Processor
@@ -27,6 +27,7 @@ from idefics_qlora.images.kept import kept_pictures
 from idefics_qlora.model.adapters import check_trainable
 from idefics_qlora.model.base import base_fingerprint
 from idefics_qlora.notices import Notices
+from idefics_qlora.progress import asked, counting
 from idefics_qlora.training.best import Criterion, criterion_of, criterion_problems
 from idefics_qlora.training.trackers import check_trackers
 
@@ -179,8 +180,18 @@ def _first_rows(
         in_order = reader.name == "eval_rows"
         order = range(len(reader)) if in_order else epoch_order(config.seed, 0, len(reader))
     seen = FirstRows(reader)
-    with reader.collator.decoding_all():
-        fingerprint, bad = reader.first_rows(map(int, order), ROWS_CHECKED, seen.looking)
+    number = ROWS_CHECKED if reader.is_stream else min(ROWS_CHECKED, len(reader))
+    with (
+        asked(config.progress),
+        counting(f"looking at {reader.name}", number, "rows") as counted,
+        reader.collator.decoding_all(),
+    ):
+
+        def looking(index: int, row: Any) -> Look:
+            counted.advance()
+            return seen.looking(index, row)
+
+        fingerprint, bad = reader.first_rows(map(int, order), ROWS_CHECKED, looking)
     rows = BadRows(config.on_bad_row)
     rows.note(bad)
     number = len(fingerprint.given)
