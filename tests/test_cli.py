@@ -1,4 +1,7 @@
-"""The command line: mistakes, exit codes, and that it does what the library does."""
+"""The command line: mistakes, exit codes, and that it does what the library does.
+
+More than 400 lines: each command, and each way in which what it is told can be wrong.
+"""
 
 import configparser
 import contextlib
