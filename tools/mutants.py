@@ -733,8 +733,8 @@ MUTANTS = (
     _m(
         "the time per row is that of what is kept",
         "training/inputs.py",
-        "    with reader.collator.decoding_all():\n",
-        "    if True:\n",
+        "        reader.collator.decoding_all(),\n",
+        "",
         "data/test_decoding.py::test_the_first_rows_are_decoded_whatever_is_kept",
     ),
 )
