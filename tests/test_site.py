@@ -10,13 +10,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import families
 import pytest
 import site_pages
 import yaml
+from published import PUBLISHED
 
 import idefics_qlora as iq
 from idefics_qlora import cli
 from idefics_qlora.config import GROUPS
+from idefics_qlora.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -197,3 +200,18 @@ def test_the_pictures_are_drawn_from_a_run(tmp_path):
         kept = (DOCS / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
         assert shown in drawn
         assert shown in kept
+
+
+def test_the_page_of_families_has_every_published_base():
+    """With the parameters that a test counts, and what a picture is for each."""
+    page = (DOCS / "families.md").read_text(encoding="utf-8")
+    assert families.PICTURES.keys() == PUBLISHED.keys()
+    for name, base in PUBLISHED.items():
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", page, re.MULTILINE)
+        cells = [cell.strip() for cell in row.strip("| ").split("|")]
+        makers = "none" if base.makers_lora is None else f"{base.makers_lora:,}"
+        assert cells[1:3] == [f"{base.parameters:,}", f"{base.default_lora:,}; {makers}"]
+        assert cells[3] == "{}, {:,}".format(*families.PICTURES[name])
+        assert all(re.fullmatch(r"\d+\.\d, \d+\.\d", cell) for cell in cells[4:])
+    for kind in FAMILIES:
+        assert any(base.config_class.model_type == kind for base in PUBLISHED.values())
