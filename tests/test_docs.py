@@ -25,6 +25,7 @@ DATA = PAGES["data.md"].read_text(encoding="utf-8")
 
 INSTEAD_OF_THE_HUB = {
     "HuggingFaceM4/idefics-9b": str(iq.tiny.BASE),
+    "HuggingFaceTB/SmolVLM-256M-Instruct": str(iq.tiny.BASE),
     "max_steps=200": "max_steps=2",
     "max_steps=160": "max_steps=2",
     "creature_cards(1000": "creature_cards(32",

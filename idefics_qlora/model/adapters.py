@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import (
@@ -37,6 +39,7 @@ def add_lora(
     model: PreTrainedModel,
     config: LoraConfig | Literal["makers"] | None = None,
     *,
+    train_parts: Sequence[str] = (),
     seed: int = 42,
 ) -> PeftModel:
     """Attach trainable LoRA matrices (fp32) to a frozen base.
@@ -50,6 +53,13 @@ def add_lora(
             for fine-tuning (Idefics3 and SmolVLM: r=8, alpha=8, dropout 0.1, also on ``o_proj``
             and the MLPs of the text layers; Idefics2: there, in the projection and the perceiver,
             but not in the vision tower).
+        train_parts: Parts of the model that are trained whole, all their weights in fp32, instead
+            of by LoRA matrices: of Idefics3 and SmolVLM ``vision tower``, ``connector``, ``text
+            layers`` (embeddings and head aside); an error lists those of the others. For a small
+            base, loaded with ``load_model(..., quantize=False)``: a weight takes 4 bytes, its
+            gradient 4 and its moments 2 (``paged_adamw_8bit``) or 8 (``adamw_torch``), beside the
+            base's own; ``estimate_memory(..., train_parts=...)`` tells before. They are
+            ``modules_to_save`` of ``peft``, in its files and in ours.
         seed: Decides the initial values; the global generators are left as they were.
 
     Returns:
@@ -57,7 +67,8 @@ def add_lora(
 
     Raises:
         ValueError: If the model has adapters already, or the makers published no recipe, or
-            ``init_lora_weights`` cannot work on this base; the message says why.
+            ``init_lora_weights`` cannot work on this base; the message says why. If a part is
+            unknown, or its weights are in 4 bits.
     """
     # peft.prepare_model_for_kbit_training is left out on purpose: its reentrant checkpointing cuts
     # the vision tower's adapters off from the gradient, because pixels require none.
@@ -70,6 +81,11 @@ def add_lora(
     if lora.target_modules is None and not lora.target_parameters:
         # A set, as peft makes one of a list.
         lora.target_modules = set(family_of(model).lora_targets)
+    if train_parts:
+        whole = modules_of_parts(model, train_parts)
+        lora.modules_to_save = [*(lora.modules_to_save or []), *whole]
+        if not _has_targets(model, lora):
+            lora.target_modules = DUMMY_TARGET_MODULES  # no module is left for LoRA
     model.requires_grad_(False)
     with seeded(seed, model.device):
         return attach(model, lora)
@@ -90,6 +106,59 @@ def _configuration(model: PreTrainedModel, config: LoraConfig | str | None) -> L
             "config out for the tutorial's, or pass a peft.LoraConfig"
         )
     return LoraConfig(**family.makers_lora)
+
+
+def modules_of_parts(model: PreTrainedModel, parts: Sequence[str]) -> list[str]:
+    """Names of the largest modules that lie in one of these parts, embeddings and head aside.
+
+    Raises:
+        ValueError: If a part is unknown; the message lists those that are known.
+    """
+    family = family_of(model)
+    unknown = [part for part in parts if part not in family.parts]
+    if unknown or isinstance(parts, str):
+        raise ValueError(
+            f"train_parts={parts!r}: expected a list of parts of {family.model_type}, "
+            f"{', '.join(map(repr, family.parts))}"
+        )
+    aside = {model.get_input_embeddings(), model.get_output_embeddings()}
+    done: list[str] = []
+    found: list[str] = []
+    for name, module in model.named_modules():  # from the root on
+        is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))  # which peft cannot take
+        if is_list or any(name.startswith(f"{larger}.") for larger in done):
+            continue
+        owners = {family.part_of(f"{name}.{own}") for own, _ in module.named_parameters()}
+        if module in aside:
+            done.append(name)
+        elif len(owners) == 1 and owners <= set(parts) and aside.isdisjoint(module.modules()):
+            done.append(name)
+            found.append(name)
+    return found
+
+
+def _has_targets(model: PreTrainedModel, lora: LoraConfig) -> bool:
+    """Whether there are modules for LoRA beside those that are trained whole."""
+    every = copy.copy(lora)
+    modules = model.named_modules()
+    if lora.target_modules == "all-linear":
+        every.target_modules = ".*"
+        head = model.get_output_embeddings()
+        modules = ((n, m) for n, m in modules if isinstance(m, nn.Linear) and m is not head)
+    return any(check_target_module_exists(every, name) for name, _ in modules)
+
+
+def _check_whole(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raise ``ValueError`` if weights in 4 bits would be trained whole."""
+    targets = tuple(config.modules_to_save or ())
+    for name in linear4bit_layers(model) if targets else ():
+        steps = name.split(".")
+        if any(".".join(steps[:n]).endswith(targets) for n in range(1, len(steps) + 1)):
+            raise ValueError(
+                f"{name} would be trained whole (train_parts or modules_to_save), but its weights "
+                "are in 4 bits: load the base with quantize=False, as an argument of load_model or "
+                "load_finetuned"
+            )
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
@@ -226,9 +295,11 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """A ``peft`` model around a base, its trainable parameters in fp32.
 
     Raises:
-        ValueError: If the configuration's ``init_lora_weights`` cannot work on this base.
+        ValueError: If the configuration's ``init_lora_weights`` cannot work on this base, or
+            weights in 4 bits would be trained whole.
     """
     _check_start(model, config)
+    _check_whole(model, config)
     with warnings.catch_warnings():
         # peft asks the model for a property that transformers has renamed
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)

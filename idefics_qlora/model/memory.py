@@ -16,6 +16,7 @@ import argparse
 import copy
 import os
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -220,6 +221,7 @@ def estimate_memory(
     base_weights: BaseWeights = "4bit",
     nested_constants: bool = False,
     lora: LoraConfig | None = None,
+    train_parts: Sequence[str] = (),
     optim: Optim = "paged_adamw_8bit",
     revision: str | None = None,
 ) -> MemoryEstimate:
@@ -243,6 +245,7 @@ def estimate_memory(
             ``load_model`` leaves them where the GPU's memory is short. Otherwise they are in fp32,
             which takes 0.4 GB more for idefics-9b.
         lora: As in ``add_lora``; the recipe's by default.
+        train_parts: As in ``add_lora``; what is trained whole counts as adapters.
         optim: As in ``TrainConfig``.
         revision: Branch, tag or commit of a Hub checkpoint.
 
@@ -262,7 +265,7 @@ def estimate_memory(
     config = _configuration(checkpoint, revision)
     dtype = DTYPES[precision]
     with waiting_for("estimating memory"):
-        model = model_on_meta(config, dtype, quantize and base_weights == "4bit", lora)
+        model = model_on_meta(config, dtype, quantize and base_weights == "4bit", lora, train_parts)
         fast = fast and FastPath.why_not(model) is None
         passes = fast_passes if fast else _layer_by_layer
         taken = passes(model, config, dtype, text_tokens, images, nested_constants)
@@ -282,7 +285,7 @@ def estimate_memory(
         other_weights=total_bytes(everything) - total_bytes(storage_bytes(quantized)) - adapters,
         adapters=adapters,
         gradients=adapters,
-        optimizer=sum(_optimizer_bytes(p.numel(), optim) for p in trainable),
+        optimizer=sum(optimizer_bytes(p.numel(), optim) for p in trainable),
         **taken,
     )
 
@@ -340,7 +343,8 @@ def _configuration(
     return load_config(checkpoint, revision)[1]
 
 
-def _optimizer_bytes(number: int, optim: str) -> int:
+def optimizer_bytes(number: int, optim: str) -> int:
+    """Both moments of AdamW for a tensor of so many elements."""
     if optim == "adamw_torch" or number < 4096:
         return 8 * number
     return 2 * (number + 4 * -(-number // 256))  # 8 bits each, and a scale for each block of 256

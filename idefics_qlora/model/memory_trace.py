@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,7 +50,11 @@ class Bytes:
 
 
 def model_on_meta(
-    config: PretrainedConfig, dtype: torch.dtype, quantize: bool, lora: LoraConfig | None
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    quantize: bool,
+    lora: LoraConfig | None,
+    train_parts: Sequence[str] = (),
 ) -> PeftModel:
     """The model with adapters that a run would train, on the meta device."""
     import bitsandbytes as bnb  # loads its native library
@@ -80,7 +84,7 @@ def model_on_meta(
             # Initial values computed from the weights (PiSSA, LoftQ, ...) need weights.
             lora = copy.copy(lora)
             lora.init_lora_weights = True
-        return add_lora(base, lora).train()
+        return add_lora(base, lora, train_parts=train_parts).train()
 
 
 def materialize(model: nn.Module, dtype: torch.dtype, nested: bool = True) -> None:

@@ -6,6 +6,7 @@ Shapes: B examples, T tokens, N images per example, V vocabulary.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from idefics_qlora.training.optim import lr_at
 
 logger = logging.getLogger(__name__)
 
+_ADAPTED = re.compile(r"\.lora_|\.modules_to_save\.")
+"""Follows a module's name in those of its trainable parameters."""
+
 
 class DeadAdapters(RuntimeError):
     """A whole part of the model learns nothing; the message names it and what to do."""
@@ -33,7 +37,8 @@ class Coverage:
     """Which adapters a step's gradient reached."""
 
     modules: dict[str, bool]
-    """Each adapted module, and whether any of its tensors got a gradient that is not zero."""
+    """Each module that has an adapter or is trained whole, and whether any of its tensors got a
+    gradient that is not zero."""
     family: Family
     """Knows the parts of the model."""
 
@@ -63,11 +68,12 @@ def gradient_coverage(parameters: Mapping[str, Parameter], family: Family) -> Co
     One of a module's matrices is enough: while ``lora_B`` is zero, ``lora_A`` has none.
 
     Args:
-        parameters: The model's parameters by name, with their gradients; all but LoRA matrices are
-            passed over. A frozen matrix counts as one without gradient.
+        parameters: The model's parameters by name, with their gradients; all but LoRA matrices and
+            modules that are trained whole are passed over. A frozen one counts as one without
+            gradient.
         family: The model's.
     """
-    parameters = {name: p for name, p in parameters.items() if ".lora_" in name}
+    parameters = {name: p for name, p in parameters.items() if _ADAPTED.search(name)}
     if not parameters:
         return Coverage({}, family)
     with_gradient = {name: p.grad for name, p in parameters.items() if p.grad is not None}
@@ -86,7 +92,7 @@ def gradient_coverage(parameters: Mapping[str, Parameter], family: Family) -> Co
 
 def module_of(parameter: str) -> str:
     """Name of the adapted module that a trainable parameter belongs to."""
-    return parameter.partition(".lora_")[0].removeprefix("base_model.model.")
+    return _ADAPTED.split(parameter)[0].removeprefix("base_model.model.")
 
 
 def check_coverage(coverage: Coverage, allowed: Sequence[str]) -> None:
@@ -125,7 +131,7 @@ def unmoved_modules(parameters: Mapping[str, Parameter], before: Tensor) -> list
     moved = (weight_marks(parameters) != before).any(dim=0).tolist()  # sync
     modules: dict[str, bool] = {}
     for name, has_moved in zip(parameters, moved, strict=True):
-        if ".lora_" not in name:
+        if not _ADAPTED.search(name):
             continue
         module = module_of(name)
         modules[module] = modules.get(module, False) or has_moved

@@ -26,6 +26,7 @@ from idefics_qlora.images.access import ImageAccess
 from idefics_qlora.images.kept import kept_pictures
 from idefics_qlora.model.adapters import check_trainable
 from idefics_qlora.model.base import base_fingerprint
+from idefics_qlora.model.memory import optimizer_bytes
 from idefics_qlora.notices import Notices
 from idefics_qlora.progress import asked, counting
 from idefics_qlora.training.best import Criterion, criterion_of, criterion_problems
@@ -82,6 +83,7 @@ def check_inputs(
     if problems := list(_evaluation_problems(config, metrics, eval_rows is not None)):
         raise ValueError("\n".join(problems))
     check_trainable(model)
+    _tell_whole(model, config)
     family = family_of(model)
     if unknown := sorted(set(config.allow_dead_parts) - set(family.parts)):
         raise ValueError(
@@ -127,6 +129,24 @@ def check_inputs(
         reading=train_seen.reading(),
         metrics=metrics,
         criterion=criterion_of(config, metrics),
+    )
+
+
+def _tell_whole(model: PeftModel, config: TrainConfig) -> None:
+    """Say what parts that are trained whole take, before anything is allocated for them."""
+    sizes: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name and parameter.requires_grad:
+            sizes.setdefault(family_of(model).part_of(name), []).append(parameter.numel())
+    if not sizes:
+        return
+    parts = (f"{part} {sum(numbers) / 1e6:.3g} M" for part, numbers in sizes.items())
+    numbers = [number for part in sizes.values() for number in part]
+    taken = sum(8 * number + optimizer_bytes(number, config.optim) for number in numbers)
+    logger.info(
+        "trained whole: parameters of %s; with gradients and moments they take %.2f GiB beside the "
+        "base's own",
+        *(", ".join(parts), taken / 2**30),
     )
 
 
