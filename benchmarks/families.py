@@ -43,19 +43,17 @@ PICTURES = {
 def main() -> None:
     """Write the table into the page."""
     lines = [
-        "| base | parameters | adapter, of which the makers' | a picture: tiles, tokens "
-        "| 4 bits: GiB, recomputed | 16 bits: GiB, recomputed |",
+        "| base | parameters | a picture: tiles, tokens | 4 bits, GiB | 16 bits, GiB | licence |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, base in PUBLISHED.items():
         picture = PICTURES[name]
-        makers = "none" if base.makers_lora is None else f"{base.makers_lora:,}"
         cells = [
             f"`{name}`",
             f"{base.parameters:,}",
-            f"{base.default_lora:,}; {makers}",
             f"{picture.tiles}, {picture.tokens:,}",
             *(peaks(name, quantize) for quantize in (True, False)),
+            "LLaMA's" if base.config_class.model_type == "idefics" else "Apache 2.0",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     text = PAGE.read_text(encoding="utf-8")
@@ -77,7 +75,7 @@ def peaks(name: str, quantize: bool) -> str:
         quantize=quantize,
     )
     kept, recomputed = (estimate.peak(1, again) / 2**30 for again in (False, True))
-    return f"{kept:.1f}, {recomputed:.1f}"
+    return f"{kept:.1f} / {recomputed:.1f}"
 
 
 if __name__ == "__main__":

@@ -242,3 +242,29 @@ def test_the_data_page_shows_the_dialogues_as_they_are(kind, request):
     (tokens,) = Collator(processor).tokens([example])
     text = processor.tokenizer.decode(tokens.ids).replace("<fake_token_around_image>", "")
     assert text == dialogues[kind == "processor"]
+
+
+def test_the_data_page_shows_the_preview_as_it_is(processor, cards, tmp_path):
+    """The preview that the page prints of its first row is the library's own."""
+    (shown,) = re.findall(r"```text\n(── row 0.*?)\n```", DATA, re.DOTALL)
+    prompt, completion = re.search(
+        r'row = {"prompt": "(.*?)", "completion": "(.*?)"', DATA
+    ).groups()
+    row = {"prompt": prompt, "completion": completion, "image": cards[0]["image"]}
+    preview = iq.preview_batch(processor, [row], image_dir=tmp_path)
+    width = len(shown.splitlines()[0]) + 1  # the last column stays free
+    printed = preview.text(width, False).replace(str(tmp_path), "/tmp/idefics_qlora-preview-x1")
+    assert [line.rstrip() for line in printed.strip().splitlines()] == shown.splitlines()
+
+
+@pytest.mark.parametrize("page", [path.name for path in (ROOT / "docs" / "how_to").iterdir()])
+def test_every_recipe_is_a_whole_program(page):
+    """It imports, trains, and needs nothing but the files that its page describes."""
+    programs = [(info, block) for info, block in blocks(page) if info.startswith("python")]
+    if page == "job.md":  # without Python
+        assert programs == []
+        assert any(words[:2] == [cli.PROG, "train"] for words in commands(page))
+        return
+    assert {info for info, _ in programs} <= {"python", "python files"}
+    assert "import idefics_qlora as iq" in programs[0][1]
+    assert "iq.train(" in programs[0][1]
