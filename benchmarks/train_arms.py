@@ -35,8 +35,9 @@ from idefics_qlora.data.order import epoch_order
 from idefics_qlora.families import FAMILIES
 from idefics_qlora.model.base_weights import dequantize, unnest_if_small
 from idefics_qlora.model.execution import Eager
-from idefics_qlora.model.graphs import FastPath, shape_of
+from idefics_qlora.model.graphs import FastPath
 from idefics_qlora.model.precision import DTYPES, set_compute_dtype
+from idefics_qlora.model.shapes import shape_of
 from idefics_qlora.training.incoming import Incoming
 
 SEED = 42

@@ -28,9 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from idefics_qlora.data.batches import Batch
 from idefics_qlora.families.idefics import IdeficsVision
 from idefics_qlora.model import kernels, lora_linear, memory_trace
-from idefics_qlora.model.graphs import FastPath, Shape
+from idefics_qlora.model.graphs import FastPath
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.precision import autocast
+from idefics_qlora.model.shapes import Shape
 
 VIEWS = {
     *("view", "_unsafe_view", "detach", "t", "transpose", "permute", "slice", "select", "alias"),

@@ -7,6 +7,7 @@ from torch import nn
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Batch, Collator
 from idefics_qlora.model.precision import DTYPES, set_compute_dtype
+from idefics_qlora.model.shapes import shape_of
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 
@@ -32,12 +33,31 @@ def a_batch(processor, cards, images=1, longest=7):
     return Collator(processor)(examples)
 
 
+def text_model_of(base):
+    """What has the decoder's layers."""
+    return getattr(base.model, "text_model", base.model)
+
+
 def lengths_of(batch: Batch) -> list[int]:
     return batch.attention_mask.sum(1).tolist()
 
 
 def images_of(batch: Batch) -> list[int]:
+    """Of each example; tiles, where images have some."""
+    if hasattr(batch.vision, "is_tile"):
+        return batch.vision.is_tile.sum(1).tolist()
     return batch.vision.sees().any(1).sum(1).tolist()
+
+
+def shape_for(path, batch):
+    """That a micro-batch has on a GPU."""
+    lengths, images = lengths_of(batch), images_of(batch)
+    image_tokens = sum(images) * path.architecture.tokens_of_an_image(path.base)
+    num_images = path.architecture.num_images(batch.vision, images)
+    targets = sum(lengths) - image_tokens
+    return shape_of(
+        *(len(lengths), sum(lengths), max(lengths), targets, num_images, sum(images), image_tokens)
+    )
 
 
 def gradient(model):

@@ -62,7 +62,8 @@ def taken(file):
 KNOW_IDEFICS = {
     *("families.__init__", "families.idefics", "families.idefics2", "families.idefics3"),
     "families.successor",
-    *("model.fused", "model.graphs", "model.memory_fast"),  # the fast way of this family
+    # The fast way.
+    *("model.architectures", "model.fused", "model.fused_idefics", "model.fused_successors"),
     "tiny.successors",  # small bases
 }
 PARTS = r"vision_model|perceiver_resampler|gated_cross_attn|image_attention_mask|<fake_token"

@@ -1,28 +1,29 @@
-"""The blocks of IDEFICS computed with few operations, for the loop's forward and backward passes.
+"""The blocks of a model computed with few operations, for the loop's forward and backward passes.
 
-Past 400 lines: one family's blocks and ends, each short. In ``model/`` only this file,
-``graphs.py``, which runs them, and ``memory_fast.py`` know IDEFICS.
+Past 400 lines: the operations, what every kind of model has (vision layers, gated MLPs, norms, the
+ends), and how it is put into a model are read together. What is a family's own is in
+``fused_idefics.py`` and ``fused_successors.py``, each an :class:`Architecture`.
 
-:func:`install` gives the blocks of a model (decoder, cross-attention and vision layers, perceiver,
-last norm) a forward that runs inside :meth:`FusedBlocks.active` and is the block's own elsewhere:
-in evaluation, in generation, and wherever a block is not what this module knows (hooks inside, a
-trained norm, dropout, another activation). Each block decides for itself; its adapters take
-:mod:`~idefics_qlora.model.lora_linear` where they can.
+:func:`install` gives the blocks of a model a forward that runs inside :meth:`FusedBlocks.active`
+and is the block's own elsewhere: in evaluation, in generation, and wherever a block is not what is
+known here (hooks inside, a trained norm, dropout, another activation). Each block decides for
+itself; its adapters take :mod:`~idefics_qlora.model.lora_linear` where they can.
 
 What is different from the model's own way, and equal to rounding: query, key and value of a layer
 are one product, so are gate and up; norms, SwiGLU and RoPE are single kernels where Triton runs;
 sums stay in the compute dtype (autocast lets the vision tower's grow to fp32); attention is told
-"causal" instead of a mask, since padding is on the right, and gets no image mask where one image is
-all there is (tokens before it are gated anyway); logits and loss are computed for targets alone.
+"causal" instead of a mask, since padding is on the right; logits and loss are computed for targets
+alone.
 
-Shapes: B examples, T tokens, N images per example, L latents per image, H heads, D width, R rows
-with a target, V vocabulary with the additional tokens.
+Shapes: B examples, T tokens, H heads (G of key and value), D width, R rows with a target, V
+vocabulary with the additional tokens.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,10 +34,19 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
-from transformers.models.idefics import modeling_idefics as idefics
-from transformers.models.idefics import perceiver, vision
+from transformers import PretrainedConfig
+from transformers.models.idefics.modeling_idefics import (
+    IdeficsDecoupledEmbedding,
+    IdeficsDecoupledLinear,
+    IdeficsRMSNorm,
+)
+from transformers.models.idefics2.modeling_idefics2 import Idefics2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
+from idefics_qlora.families.family import Vision
 from idefics_qlora.model import kernels
 from idefics_qlora.model.lora_linear import (
     FastLinears,
@@ -95,7 +105,7 @@ class Packing:
 class FusedBlocks:
     """The blocks of a model that are computed here, and those that are not (:func:`install`)."""
 
-    def __init__(self, model: nn.Module, linears: FastLinears) -> None:
+    def __init__(self, model: nn.Module, linears: FastLinears, architecture: Architecture) -> None:
         self.model, self.linears = model, linears
         self.is_active = False
         self.num_images = 1
@@ -107,25 +117,24 @@ class FusedBlocks:
         """Blocks that are computed the model's own way, and why."""
         self._rotation: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
         for name, module in model.named_modules():
-            make = _BLOCKS.get(type(module))
+            make = architecture.blocks.get(type(module))
             if make is None:
                 continue
             groups = len(linears.more)
             try:
                 plan = make(self, module)
-            except _Unfit as reason:
+            except Unfit as reason:
                 self.others[name] = str(reason)
                 del linears.more[groups:]  # its layers are computed each by itself
                 continue
             module.fused_plan = plan
             module.__dict__["forward"] = MethodType(_forward, module)
             self.blocks.append(module)
-        # The norm after the last layer, and the one in front of the vision tower.
         base = getattr(model, "get_base_model", lambda: model)()
-        inner = getattr(base, "model", None)
-        for norm in (getattr(inner, "norm", None), _get(inner, "vision_model.pre_layrnorm")):
-            if norm is not None and _norm_reason(norm) is None:
-                norm.fused_plan = _LoneNorm(self, norm)
+        for path in architecture.lone_norms:
+            norm = _get(base, path)
+            if norm is not None and why_not_norm(norm) is None:
+                norm.fused_plan = LoneNorm(self, norm)
                 norm.__dict__["forward"] = MethodType(_forward, norm)
                 self.blocks.append(norm)
 
@@ -162,15 +171,15 @@ class FusedBlocks:
         """Layers with one input as one product.
 
         Raises:
-            _Unfit: If one of them cannot be computed here.
+            Unfit: If one of them cannot be computed here.
         """
         for layer in layers:
             check = why_not if isinstance(layer, BaseTunerLayer) else why_not_linear
             reason = check(layer)
             if reason is not None:
-                raise _Unfit(f"a linear layer: {reason}")
+                raise Unfit(f"a linear layer: {reason}")
             if has_hooks(layer):
-                raise _Unfit("a linear layer has hooks")
+                raise Unfit("a linear layer has hooks")
         rates = {
             layer.lora_dropout[name].p if isinstance(layer.lora_dropout[name], nn.Dropout) else 0.0
             for layer in layers
@@ -179,7 +188,7 @@ class FusedBlocks:
             if name in layer.lora_A
         }
         if len(rates) > 1:
-            raise _Unfit("its linear layers differ in their dropout")
+            raise Unfit("its linear layers differ in their dropout")
         group = Group(layers, stream=2**20 + len(self.linears.more))
         self.linears.more.append(group)
         return group
@@ -200,9 +209,87 @@ class FusedBlocks:
         return self._rotation[1:]
 
 
-def install(model: nn.Module, linears: FastLinears) -> FusedBlocks:
-    """Prepare the blocks of an IDEFICS model; they run here inside :meth:`FusedBlocks.active`."""
-    blocks = FusedBlocks(model, linears)
+class Architecture(ABC):
+    """What the fast way must know of a kind of model.
+
+    Attributes:
+        blocks: What computes the modules of a class.
+        lone_norms: Where the base has norms that are in no block.
+    """
+
+    blocks: Mapping[type, Callable[[FusedBlocks, Any], Block]]
+    lone_norms: tuple[str, ...]
+
+    @abstractmethod
+    def embedding(self, base: Any) -> nn.Module:
+        """The embedding of the text."""
+
+    def why_not(self, base: Any) -> str | None:
+        """Why a base cannot be trained the fast way at all; ``None`` if it can."""
+        if base.config._attn_implementation != "sdpa":
+            return f"attention is {base.config._attn_implementation!r}"
+        return why_not_embedding(self.embedding(base)) or why_not_head(base.lm_head)
+
+    def num_images(self, vision: Vision, images: Sequence[int]) -> int:
+        """N, the most images of an example.
+
+        Args:
+            vision: Of a micro-batch.
+            images: Images of each example.
+        """
+        return max(images)
+
+    def tokens_of_an_image(self, base: Any) -> int:
+        """Rows that an image has in the text; they are never targets."""
+        return 0
+
+    def sides(self, base: Any, vision: Vision) -> tuple[int, ...]:
+        """What the sizes of pictures have to do with a micro-batch's shape, without waiting."""
+        return ()
+
+    @abstractmethod
+    def described(self, num_images: int, num_pictures: int) -> str:
+        """N and P in words."""
+
+    @abstractmethod
+    def inputs(
+        self, base: Any, vision: Vision, images: Sequence[int], num_pictures: int,
+        packing: Packing, input_ids: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """What :meth:`hidden_states` takes, at padded sizes; made without waiting for the device.
+
+        Args:
+            base: The model without ``peft``'s wrapper.
+            vision: Of the micro-batch.
+            images: Images of each example, which come before those that pad.
+            num_pictures: P, how many the vision tower sees; at least as many as there are.
+            packing: How the rows of text lie.
+            input_ids: (M,), whatever where there is no token.
+        """
+
+    @abstractmethod
+    def hidden_states(
+        self, base: Any, blocks: FusedBlocks, embeddings: Tensor, inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The last hidden states (M, D); nothing in it waits for the device.
+
+        Args:
+            base: The model without ``peft``'s wrapper.
+            blocks: Its blocks, active.
+            embeddings: (M, D).
+            inputs: As :meth:`inputs` made them, and maybe others.
+        """
+
+    @abstractmethod
+    def traced_vision(
+        self, config: PretrainedConfig, examples: int, num_tokens: int, num_images: int
+    ) -> Vision:
+        """Images of examples without data, ``num_images`` each."""
+
+
+def install(model: nn.Module, linears: FastLinears, architecture: Architecture) -> FusedBlocks:
+    """Prepare the blocks of a model; they run here inside :meth:`FusedBlocks.active`."""
+    blocks = FusedBlocks(model, linears, architecture)
     logger.info("%s", blocks.report())
     return blocks
 
@@ -225,7 +312,7 @@ def _recomputes(block: Any) -> bool:
     return bool(is_on) and type(block).__call__ is nn.Module.__call__
 
 
-class _Unfit(Exception):
+class Unfit(Exception):
     """A block is not one that is known here; the message says why."""
 
 
@@ -235,8 +322,12 @@ def _get(module: Any, path: str) -> Any:
     return module
 
 
-def _norm_reason(norm: nn.Module) -> str | None:
-    if type(norm) not in (nn.LayerNorm, idefics.IdeficsRMSNorm):
+NORMS = (nn.LayerNorm, IdeficsRMSNorm, Idefics2RMSNorm, LlamaRMSNorm, MistralRMSNorm)
+
+
+def why_not_norm(norm: nn.Module) -> str | None:
+    """Why :func:`add_norm` cannot take a norm; ``None`` if it can."""
+    if type(norm) not in NORMS:
         return f"a {type(norm).__name__}"
     if any(p.requires_grad for p in norm.parameters()):
         return "a norm is trained"
@@ -245,31 +336,41 @@ def _norm_reason(norm: nn.Module) -> str | None:
     return "a norm has hooks" if has_hooks(norm) else None
 
 
-def _check(block: nn.Module, norms: list[nn.Module], dropout: float = 0.0) -> None:
+def check(block: nn.Module, norms: list[nn.Module], dropout: float = 0.0) -> None:
+    """See that nothing in a block is other than its plan supposes.
+
+    Raises:
+        Unfit: If something is.
+    """
     for norm in norms:
-        if reason := _norm_reason(norm):
-            raise _Unfit(reason)
+        if reason := why_not_norm(norm):
+            raise Unfit(reason)
     if dropout:
-        raise _Unfit(f"dropout {dropout} of the base")
+        raise Unfit(f"dropout {dropout} of the base")
     if has_other_forward(block):
-        raise _Unfit("its forward was replaced")
+        raise Unfit("its forward was replaced")
     names = {name for name, module in block.named_modules() if name and has_hooks(module)}
     if names:
-        raise _Unfit(f"hooks on its {sorted(names)[0]}")
+        raise Unfit(f"hooks on its {sorted(names)[0]}")
     trained = [
         name
         for name, parameter in block.named_parameters()
         if parameter.requires_grad and ".lora_" not in name and not name.endswith("bias")
     ]
     if trained:
-        raise _Unfit(f"its {trained[0]} is trained")
+        raise Unfit(f"its {trained[0]} is trained")
 
 
-def _check_attention(attention: Any) -> None:
+def check_attention(attention: Any, dropout: float) -> None:
+    """See that attention is the usual one.
+
+    Raises:
+        Unfit: If it is not.
+    """
     if attention.config._attn_implementation != "sdpa":
-        raise _Unfit(f"attention is {attention.config._attn_implementation!r}")
-    if attention.dropout:
-        raise _Unfit("dropout in its attention")
+        raise Unfit(f"attention is {attention.config._attn_implementation!r}")
+    if dropout:
+        raise Unfit("dropout in its attention")
 
 
 # --- operations ----------------------------------------------------------------------------------
@@ -369,13 +470,15 @@ def take(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return _Take.apply(x, index, inverse)
 
 
-def _as_heads(rows: Tensor, examples: int, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """Rows (B T, parts H D) as ``parts`` views (B, H, T, D)."""
-    return (
-        rows.view(examples, -1, parts, heads, rows.shape[-1] // (parts * heads))
-        .permute(2, 0, 3, 1, 4)
-        .unbind(0)
-    )
+Heads = tuple[int, int]
+"""Of the query, and of key and value each: H and G."""
+
+
+def _as_heads(rows: Tensor, examples: int, heads: Heads) -> tuple[Tensor, ...]:
+    """Rows (B T, (H + 2 G) D) as views of query, key and value: (B, H, T, D), (B, G, T, D)."""
+    number = heads[0] + 2 * heads[1]
+    together = rows.view(examples, -1, number, rows.shape[-1] // number).transpose(1, 2)
+    return together.split([heads[0], heads[1], heads[1]], dim=1)
 
 
 class _QueryKeyValue(torch.autograd.Function):
@@ -387,21 +490,21 @@ class _QueryKeyValue(torch.autograd.Function):
         x: Tensor,
         group: Group,
         seed: Tensor,
-        heads: int,
+        heads: Heads,
         packing: Packing | None,
         rotation: tuple[Tensor, Tensor] | None,
         *leaves: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.packing, ctx.rotation = packing, rotation
+        ctx.packing, ctx.rotation, ctx.heads = packing, rotation, heads
         y = linear_forward(ctx, x, group, seed, leaves)
         if packing is None:
-            return _as_heads(y, x.shape[0], 3, heads)
+            return _as_heads(y, x.shape[0], heads)
         assert rotation is not None
         if kernels.usable(y):
-            q, k, v = _as_heads(y, 1, 3, heads)
+            q, k, v = _as_heads(y, 1, heads)
             y = kernels.heads(q, k, v, packing.row_at, *rotation, back=False)
-            return _as_heads(y, packing.examples, 3, heads)
-        q, k, v = _as_heads(_taken(y, packing.row_at), packing.examples, 3, heads)
+            return _as_heads(y, packing.examples, heads)
+        q, k, v = _as_heads(_taken(y, packing.row_at), packing.examples, heads)
         _rotate_in_place(q, *rotation)
         _rotate_in_place(k, *rotation)
         return q, k, v
@@ -416,9 +519,9 @@ class _QueryKeyValue(torch.autograd.Function):
             q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
             grad = kernels.heads(q, k, v, index, cos, sin, back=True)
         else:
-            examples, heads, length, _ = q.shape
+            examples, _, length, _ = q.shape
             grad = q.new_empty(examples * length, ctx.group.outputs)
-            parts = _as_heads(grad, examples, 3, heads)
+            parts = _as_heads(grad, examples, ctx.heads)
             for part, value in zip(parts, (q, k, v), strict=True):
                 part.copy_(value)
             if cos is not None and sin is not None:
@@ -437,12 +540,15 @@ def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     x[..., :half], x[..., half:] = first, second
 
 
-def _gated(x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(residual, x, scale.to(x.dtype))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Attention of (B, H, T, D), its result as (B, T, H D)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Attention of (B, H, T, D) over (B, G, T, D), its result as (B, T, H D)."""
+    if q.shape[1] != k.shape[1]:
+        # As one of the GPU's kernels takes it: that for 16 bits and no mask.
+        on_gpu = q.is_cuda or isinstance(q, FakeTensor)
+        if on_gpu and q.dtype != torch.float32 and options.get("attn_mask") is None:
+            options["enable_gqa"] = True
+        else:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     if q.device.type == "cpu" and q.dtype == torch.float16:  # slow, and summed in fp16
         mask = options.pop("attn_mask", None)
         mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
@@ -458,32 +564,45 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 # --- blocks --------------------------------------------------------------------------------------
 
 
-class _Block:
+class Block:
+    """Computes a module; called as its forward is.
+
+    Raises:
+        Unfit: If it is not as it is supposed to be.
+    """
+
     def __init__(self, blocks: FusedBlocks, module: Any) -> None:
         self.blocks, self.module = blocks, module
 
     def linear(self, x: Tensor, group: Group) -> Tensor:
+        """The outputs of a group's layers, side by side."""
         return linear(x, group, self.blocks.linears.seed)
 
     def query_key_value(
         self,
         x: Tensor,
         group: Group,
-        heads: int,
+        heads: Heads,
         packing: Packing | None = None,
         rotation: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
+        """Of one input, (B, H, T, D) and twice (B, G, T, D): rotated, from packed rows."""
         seed = self.blocks.linears.seed
         seed = torch.zeros(1, dtype=torch.int64) if seed is None else seed
         return _QueryKeyValue.apply(x, group, seed, heads, packing, rotation, *group.leaves())
 
 
-class _LoneNorm(_Block):
+class LoneNorm(Block):
+    """A norm outside of all blocks."""
+
     def __call__(self, x: Tensor) -> Tensor:
+        """The norm, in the compute dtype."""
         return add_norm(x, None, self.module)[1]
 
 
-class _GatedMLP:
+class GatedMLP:
+    """The MLP of a decoder layer."""
+
     def __init__(self, blocks: FusedBlocks, mlp: Any) -> None:
         self.gate_up = blocks.group(mlp.gate_proj, mlp.up_proj)
         self.down = blocks.group(mlp.down_proj)
@@ -491,6 +610,7 @@ class _GatedMLP:
         self.act = mlp.act_fn
 
     def __call__(self, x: Tensor, seed: Tensor | None) -> Tensor:
+        """Rows (M, D); of the seed, dropout."""
         gate_up = linear(x, self.gate_up, seed)
         if self.is_silu:
             hidden = swiglu(gate_up)
@@ -500,88 +620,16 @@ class _GatedMLP:
         return linear(hidden, self.down, seed)
 
 
-class _Decoder(_Block):
-    def __init__(self, blocks: FusedBlocks, module: Any) -> None:
-        super().__init__(blocks, module)
-        attention = module.self_attn
-        _check(module, [module.input_layernorm, module.post_attention_layernorm], module.dropout)
-        _check_attention(attention)
-        if attention.qk_layer_norms or attention.is_cross_attention or attention.head_dim % 2:
-            raise _Unfit("self-attention of another kind")
-        self.qkv = blocks.group(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out = blocks.group(attention.o_proj)
-        self.mlp = _GatedMLP(blocks, module.mlp)
+class VisionLayer(Block):
+    """A layer of a vision tower: CLIP's and SigLIP's are alike."""
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        module, attention = self.module, self.module.self_attn
-        packing = self.blocks.packing
-        residual, x = add_norm(hidden_states, None, module.input_layernorm)
-        rotation = self.blocks.rotation(packing.length, attention.rotary_emb, x.dtype)
-        q, k, v = self.query_key_value(x, self.qkv, attention.num_heads, packing, rotation)
-        # Causal is all it takes: no token has padding before it.
-        x = _attend(q, k, v, is_causal=True, scale=attention.scaling)
-        x = self.linear(packing.rows(x.flatten(0, 1)), self.out)
-        residual, x = add_norm(x, residual, module.post_attention_layernorm)
-        return residual + self.mlp(x, self.blocks.linears.seed)
-
-
-class _CrossAttention(_Block):
-    def __init__(self, blocks: FusedBlocks, module: Any) -> None:
-        super().__init__(blocks, module)
-        attention = module.cross_attn
-        norms = [module.input_layernorm, module.post_attention_layernorm]
-        if attention.qk_layer_norms:
-            norms += [attention.q_layer_norm, attention.k_layer_norm]
-        _check(module, norms, module.config)  # its config is the dropout
-        _check_attention(attention)
-        self.q = blocks.group(attention.q_proj)
-        self.kv = blocks.group(attention.k_proj, attention.v_proj)
-        self.out = blocks.group(attention.o_proj)
-        self.mlp = _GatedMLP(blocks, module.mlp)
-
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_hidden_states: Tensor | None = None,
-        image_attention_mask: Tensor | None = None,
-        cross_attention_gate: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        assert image_hidden_states is not None
-        assert cross_attention_gate is not None
-        module, attention = self.module, self.module.cross_attn
-        packing, heads = self.blocks.packing, attention.num_heads
-        residual, x = add_norm(hidden_states, None, module.input_layernorm)
-        q = self.linear(x, self.q).view(-1, heads, attention.head_dim)
-        kv = self.linear(image_hidden_states, self.kv)
-        k, v = kv.view(packing.examples, -1, 2, heads, attention.head_dim).unbind(2)
-        if attention.qk_layer_norms:
-            q = add_norm(q, None, attention.q_layer_norm)[1]
-            k = add_norm(k, None, attention.k_layer_norm)[1]
-        q = packing.slots(q.flatten(1)).view(packing.examples, packing.length, heads, -1)
-        # With one image, a token sees all of it or nothing, and is gated then.
-        mask = None if self.blocks.num_images == 1 else image_attention_mask
-        mask = mask if mask is None else mask.to(q.dtype)
-        x = _attend(
-            *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, scale=attention.scaling
-        )
-        x = self.linear(packing.rows(x.flatten(0, 1)), self.out)
-        gate = torch.tanh(module.alpha_cross_attn).view(-1) * cross_attention_gate[:, None]
-        x = _gated(x, residual, gate)
-        residual, x = add_norm(x, None, module.post_attention_layernorm)
-        x = self.mlp(x, self.blocks.linears.seed)
-        return _gated(x, residual, torch.tanh(module.alpha_dense).view(-1))
-
-
-class _Vision(_Block):
     def __init__(self, blocks: FusedBlocks, module: Any) -> None:
         super().__init__(blocks, module)
         attention, mlp = module.self_attn, module.mlp
-        _check(module, [module.layer_norm1, module.layer_norm2])
-        _check_attention(attention)
+        check(module, [module.layer_norm1, module.layer_norm2])
+        check_attention(attention, attention.dropout)
         if attention.head_dim % 2:
-            raise _Unfit("heads of an odd width")
+            raise Unfit("heads of an odd width")
         self.qkv = blocks.group(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = blocks.group(attention.out_proj)
         self.up = blocks.group(mlp.fc1)
@@ -590,61 +638,16 @@ class _Vision(_Block):
     def __call__(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        if attention_mask is not None:
-            return type(self.module).forward(self.module, hidden_states, attention_mask, **kwargs)
+        """Patches (B, T, D), and which of them are seen."""
         module, attention = self.module, self.module.self_attn
         residual, x = add_norm(hidden_states, None, module.layer_norm1)
-        q, k, v = self.query_key_value(x, self.qkv, attention.num_heads)
-        x = self.linear(_attend(q, k, v, scale=attention.scale), self.out)
+        number = attention.num_heads
+        q, k, v = self.query_key_value(x, self.qkv, (number, number))
+        x = attend(q, k, v, attn_mask=attention_mask, scale=attention.scale)
+        x = self.linear(x, self.out)
         residual, x = add_norm(x, residual, module.layer_norm2)
         x = module.mlp.activation_fn(self.linear(x, self.up))
         return residual + self.linear(x, self.down)
-
-
-class _PerceiverAttention(_Block):
-    def __init__(self, blocks: FusedBlocks, module: Any) -> None:
-        super().__init__(blocks, module)
-        norms = [module.context_layer_norm, module.latents_layer_norm]
-        if module.qk_layer_norms:
-            norms += [module.q_layer_norm, module.k_layer_norm]
-        _check(module, norms)
-        self.q = blocks.group(module.q_proj)
-        self.kv = blocks.group(module.k_proj, module.v_proj)
-        self.out = blocks.group(module.output_proj)
-
-    def __call__(self, context: Tensor, latents: Tensor) -> Tensor:
-        module = self.module
-        context = add_norm(context, None, module.context_layer_norm)[1]
-        latents = add_norm(latents, None, module.latents_layer_norm)[1]
-        examples, heads = context.shape[0], module.n_heads
-        q = self.linear(latents, self.q).view(examples, -1, heads, module.head_dim)
-        kv = self.linear(torch.cat([context, latents], dim=-2), self.kv)
-        k, v = kv.view(examples, -1, 2, heads, module.head_dim).unbind(2)
-        if module.qk_layer_norms:
-            q = add_norm(q, None, module.q_layer_norm)[1]
-            k = add_norm(k, None, module.k_layer_norm)[1]
-        x = _attend(*(t.transpose(1, 2) for t in (q, k, v)), scale=module.qk_scale)
-        return self.linear(x, self.out)
-
-
-class _PerceiverMLP(_Block):
-    def __init__(self, blocks: FusedBlocks, module: Any) -> None:
-        super().__init__(blocks, module)
-        _check(module, [module.ln])
-        self.up, self.down = blocks.group(module.fc), blocks.group(module.c_proj)
-
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        x = add_norm(hidden_states, None, self.module.ln)[1]
-        return self.linear(self.module.act(self.linear(x, self.up)), self.down)
-
-
-_BLOCKS: dict[type, Callable[[FusedBlocks, Any], _Block]] = {
-    idefics.IdeficsDecoderLayer: _Decoder,
-    idefics.IdeficsGatedCrossAttentionLayer: _CrossAttention,
-    vision.IdeficsVisionEncoderLayer: _Vision,
-    perceiver.IdeficsPerceiverAttention: _PerceiverAttention,
-    perceiver.IdeficsMLP: _PerceiverMLP,
-}
 
 
 # --- the ends ------------------------------------------------------------------------------------
@@ -652,7 +655,7 @@ _BLOCKS: dict[type, Callable[[FusedBlocks, Any], _Block]] = {
 
 def why_not_embedding(embedding: nn.Module) -> str | None:
     """Why :func:`embed` cannot take a model's embedding; ``None`` if it can."""
-    if type(embedding) is not idefics.IdeficsDecoupledEmbedding:
+    if type(embedding) not in (nn.Embedding, IdeficsDecoupledEmbedding):
         return f"the embedding is a {type(embedding).__name__}"
     if any(p.requires_grad for p in embedding.parameters()):
         return "the embedding is trained"
@@ -662,9 +665,9 @@ def why_not_embedding(embedding: nn.Module) -> str | None:
 
 
 def embed(embedding: Any, input_ids: Tensor) -> Tensor:
-    """Embeddings (B, T, D) of token ids; the model's own look-up waits for the GPU."""
+    """Embeddings (..., D) of token ids (...); IDEFICS' own look-up waits for the GPU."""
     size = embedding.num_embeddings
-    if not embedding.num_additional_embeddings:
+    if not getattr(embedding, "num_additional_embeddings", 0):
         return F.embedding(input_ids, embedding.weight)
     usual = F.embedding(input_ids.clamp(max=size - 1), embedding.weight)
     more = F.embedding((input_ids - size).clamp(min=0), embedding.additional_embedding.weight)
@@ -673,7 +676,7 @@ def embed(embedding: Any, input_ids: Tensor) -> Tensor:
 
 def why_not_head(head: nn.Module) -> str | None:
     """Why :func:`target_loss` cannot take a model's head; ``None`` if it can."""
-    if type(head) is not idefics.IdeficsDecoupledLinear or head.bias is not None:
+    if type(head) not in (nn.Linear, IdeficsDecoupledLinear) or head.bias is not None:
         return f"the head is a {type(head).__name__}"
     if any(p.requires_grad for p in head.parameters()):
         return "the head is trained"
@@ -688,7 +691,7 @@ class _TargetLoss(torch.autograd.Function):
         dtype = compute_dtype(hidden)
         work = torch.float32 if hidden.device.type == "cpu" and dtype == torch.float16 else dtype
         weights = [head.weight]
-        if head.out_additional_features:
+        if getattr(head, "out_additional_features", 0):
             weights.append(head.additional_fc.weight)
         classes = sum(w.shape[0] for w in weights)
         # Rows begin at multiples of 16 bytes, which products over them need to be quick.
@@ -752,65 +755,3 @@ def target_loss(hidden: Tensor, rows: Tensor, head: Any, labels: Tensor) -> Tens
         labels: int64 (R,): what each has to predict; -100: nothing.
     """
     return _TargetLoss.apply(hidden, rows, head, labels)
-
-
-def hidden_states(
-    model: Any,
-    blocks: FusedBlocks,
-    embeddings: Tensor,
-    pixels: Tensor,
-    picture_at: Tensor,
-    image_mask: Tensor,
-) -> Tensor:
-    """The last hidden states (M, D) of an IDEFICS model over packed rows.
-
-    Args:
-        model: The base (not ``peft``'s wrapper).
-        blocks: Its blocks, active.
-        embeddings: (M, D).
-        pixels: (P, 3, S, S), normalised.
-        picture_at: (P,): where among all B N images each is; the others pad.
-        image_mask: (B, T, N) bool: which image a token attends to.
-    """
-    inner, packing = model.model, blocks.packing
-    examples, _, images = image_mask.shape
-    features = inner.vision_model(pixel_values=pixels.to(inner.dtype))
-    features = features.last_hidden_state
-    if inner.config.use_resampler:
-        features = inner.perceiver_resampler(features)
-    latents = features.shape[1]
-    if len(features) < examples * images:  # nobody attends to the others
-        none = features.new_zeros(examples * images, *features.shape[1:])
-        features = none.index_copy(0, picture_at, features)
-    features = features.reshape(examples, images * latents, -1)
-    sees = image_mask.repeat_interleave(latents, dim=2)[:, None]  # (B, 1, T, N L)
-    # In the dtype of attention: the least number of a larger one would be rounded to -inf, and
-    # a token that sees no image have no finite score.
-    dtype = compute_dtype(features)
-    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
-    mask = mask.masked_fill(~sees, torch.finfo(dtype).min)
-    gate = image_mask.any(dim=2).to(features.dtype)  # (B, T)
-    gate_of_rows = gate.flatten()[packing.slot_of.clamp(min=0)]  # whatever where there is no token
-    # For blocks that are not fused.
-    length = packing.length
-    causal = torch.ones(length, length, dtype=torch.bool, device=gate.device).tril()[None, None]
-    positions = torch.arange(length, device=gate.device)[None]
-
-    def run(block: Any, x: Tensor, mask: Tensor, *args: Any, **options: Any) -> Tensor:
-        if hasattr(block, "fused_plan"):
-            if "cross_attention_gate" in options:
-                options["cross_attention_gate"] = gate_of_rows
-            return block(x, mask, *args, **options)
-        padded = packing.slots(x).view(packing.examples, length, -1)
-        return packing.rows(block(padded, mask, *args, **options).flatten(0, 1))
-
-    x = embeddings
-    for n, layer in enumerate(inner.layers):
-        if n % inner.cross_layer_interval == 0:
-            block = inner.gated_cross_attn_layers[n // inner.cross_layer_interval]
-            x = run(
-                block, x, causal, features, image_attention_mask=mask, cross_attention_gate=gate
-            )
-        x = run(layer, x, causal, position_ids=positions)
-    result: Tensor = inner.norm(x)
-    return result

@@ -1,7 +1,7 @@
 """Executing a micro-batch the fast way: fused blocks, and one CUDA graph per shape.
 
 Tokens of a micro-batch lie one after the other without padding (M rows); only attention sees them
-apart (T tokens of room for each of B examples). Both are rounded up, so that shapes come again.
+apart (T tokens of room for each of B examples).
 
 The forward and backward pass of a micro-batch is launched once by Python and recorded as a CUDA
 graph; for every further micro-batch of that shape the graph is replayed in one launch. The first
@@ -18,76 +18,23 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
-from transformers import IdeficsForVisionText2Text
 
 from idefics_qlora.data.batches import IGNORE, Batch
-from idefics_qlora.families.idefics import IdeficsVision
 from idefics_qlora.model import fused, lora_linear
+from idefics_qlora.model.architectures import ARCHITECTURES
+from idefics_qlora.model.shapes import Shape, shape_of
 
 logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 64
 """A shape that comes beyond these takes the place of the one not used for longest."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What two micro-batches that run the same graph have in common."""
-
-    examples: int
-    """B"""
-    length: int
-    """T"""
-    rows: int
-    """M"""
-    targets: int
-    """R"""
-    images: int
-    """N"""
-    pictures: int
-    """P, that the vision tower sees; B N, where all examples have the same number."""
-
-
-def shape_of(
-    examples: int, num_tokens: int, longest: int, targets: int, images: int, pictures: int
-) -> Shape:
-    """The shape that a micro-batch is padded to, so that shapes come again.
-
-    Rows are rounded up by 3 % at most (but to multiples of 16), lengths to multiples of 32, targets
-    to quarters of the rows, pictures to eighths of what there is room for.
-
-    Args:
-        examples: B.
-        num_tokens: Tokens of all examples.
-        longest: Tokens of the longest.
-        targets: Rows with a target, at most.
-        images: N.
-        pictures: Images of all examples.
-    """
-    eighth = -(-examples * images // 8)
-    step = min(max(16, 2 ** (num_tokens.bit_length() - 6)), 256)
-    rows = -(-num_tokens // step) * step
-    quarter = -(-rows // 4)
-    return Shape(
-        examples,
-        -(-longest // 32) * 32,
-        rows,
-        min(-(-max(1, targets) // quarter) * quarter, rows),
-        images,
-        min(-(-max(1, pictures) // eighth) * eighth, examples * images),
-    )
-
-
-def _vision_of(batch: Batch) -> IdeficsVision:
-    assert isinstance(batch.vision, IdeficsVision)  # see FastPath.why_not
-    return batch.vision
 
 
 @dataclass
@@ -114,7 +61,7 @@ class FastPath:
     """The fast execution of the micro-batches of one model. Close it when training is over.
 
     Args:
-        model: ``peft``'s model around an IDEFICS base, its adapters fp32.
+        model: ``peft``'s model around a base of a known architecture, its adapters fp32.
         dtype: Autocast's dtype; fp32 for none.
         graphs: Whether to record CUDA graphs (on a CPU nothing is recorded in any case).
     """
@@ -122,6 +69,7 @@ class FastPath:
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, graphs: bool = True) -> None:
         self.model, self.dtype = model, dtype
         self.base: Any = getattr(model, "get_base_model", lambda: model)()
+        self.architecture = ARCHITECTURES[type(self.base)]
         self.device = next(model.parameters()).device
         self.counts = Counts()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -130,6 +78,8 @@ class FastPath:
         self._pool: Any = None
         self._stream: Any = None
         self._facts: list[Any] = []
+        self._with_images: set[bool] = set()
+        """Of the micro-batches of this window."""
         self._install()
         self.why_eager = self._why_eager() if graphs else "they are switched off"
         if self.device.type == "cuda":
@@ -140,22 +90,27 @@ class FastPath:
                 logger.info("micro-batches run without CUDA graphs: %s", self.why_eager)
 
     def _install(self) -> None:
-        self.reached: list[Parameter] | None = None
-        """The parameters that get a gradient, once a pass has shown it."""
+        self._reached: dict[bool, list[Parameter]] = {}
+        """The parameters that get a gradient with images and without, once a pass has shown it."""
         self._modules = list(self.model.modules())
         self.linears = lora_linear.install(self.model)
-        self.blocks = fused.install(self.model, self.linears)
+        self.blocks = fused.install(self.model, self.linears, self.architecture)
+
+    @property
+    def reached(self) -> list[Parameter] | None:
+        """The parameters that got a gradient in this window, once a pass has shown it."""
+        kinds = [self._reached.get(kind) for kind in self._with_images]
+        if not kinds or any(found is None for found in kinds):
+            return None
+        return list({id(p): p for found in kinds for p in found or ()}.values())
 
     @staticmethod
     def why_not(model: nn.Module) -> str | None:
         """Why a model cannot be trained the fast way at all; ``None`` if it can."""
         base: Any = getattr(model, "get_base_model", lambda: model)()
-        if type(base) is not IdeficsForVisionText2Text:
+        if type(base) not in ARCHITECTURES:
             return f"the base is a {type(base).__name__}"
-        if base.config._attn_implementation != "sdpa":
-            return f"attention is {base.config._attn_implementation!r}"
-        reason = fused.why_not_embedding(base.model.embed_tokens)
-        return reason or fused.why_not_head(base.lm_head)
+        return ARCHITECTURES[type(base)].why_not(base)
 
     def _why_eager(self) -> str | None:
         if self.device.type != "cuda":
@@ -201,6 +156,7 @@ class FastPath:
         if not unchanged:
             self._take_over()
         self.linears.refresh(self.dtype)
+        self._with_images.clear()
 
     def _take_over(self) -> None:
         if not self.linears.is_current:
@@ -255,15 +211,21 @@ class FastPath:
             torch.OutOfMemoryError: If the memory does not suffice; the graphs are freed, and
                 ``.grad`` may hold a part of the gradient.
         """
-        num_images = _vision_of(batch).pixel_values.shape[1]
+        on_gpu, architecture = batch.labels.is_cuda, self.architecture
         tokens, longest = sum(lengths), max(lengths)
-        if batch.labels.is_cuda:
-            targets = tokens if micro_targets is None else micro_targets
-            shape = shape_of(len(lengths), tokens, longest, targets, num_images, sum(images))
+        num_images, pictures = architecture.num_images(batch.vision, images), sum(images)
+        image_tokens = pictures * architecture.tokens_of_an_image(self.base)
+        if on_gpu:
+            targets = tokens - image_tokens if micro_targets is None else micro_targets
+            shape = shape_of(
+                *(len(lengths), tokens, longest, targets, num_images, pictures, image_tokens)
+            )
         else:  # nothing comes again: as it is
             targets = int((batch.labels[:, 1:] != IGNORE).sum())
-            pictures = max(1, sum(images))
+            pictures = min(max(1, pictures), len(lengths) * num_images)
             shape = Shape(len(lengths), longest, tokens, max(1, targets), num_images, pictures)
+        shape = replace(shape, sides=architecture.sides(self.base, batch.vision))
+        self._with_images.add(shape.pictures > 0)
         try:
             inputs = self._inputs(batch, shape, num_targets, images, scale)
             if self.why_eager is None:
@@ -284,7 +246,6 @@ class FastPath:
         scale: Tensor | None,
     ) -> dict[str, Tensor]:
         """The tensors of a micro-batch at their padded sizes, made without a sync."""
-        vision = _vision_of(batch)
         padding = shape.length - batch.input_ids.shape[1]
         is_token = F.pad(batch.attention_mask, (0, padding)).bool()
         packing = fused.Packing.of(is_token, shape.rows)
@@ -295,25 +256,18 @@ class FastPath:
         # Rows with a target first, in their order; then others, without loss.
         rows = torch.argsort((labels == IGNORE).to(torch.uint8), stable=True)[: shape.targets]
         factor = torch.full((1,), 1 / num_targets, dtype=torch.float32, device=labels.device)
-        # Images that there are, then as many of those that pad as there is room for.
-        taken = {n * shape.images + i for n, number in enumerate(images) for i in range(number)}
-        others = (n for n in range(shape.examples * shape.images) if n not in taken)
-        chosen = sorted([*taken, *others][: shape.pictures])
-        picture_at = torch.tensor(chosen, pin_memory=batch.labels.is_cuda)
         return {
             "input_ids": input_ids,
             "slot_of": packing.slot_of,
             "row_at": packing.row_at,
-            "image_mask": F.pad(vision.image_attention_mask, (0, 0, 0, padding)),
-            "picture_at": picture_at.to(batch.labels.device, non_blocking=True),
-            "pixels": vision.pixel_values,
             "rows": rows,
             "labels": labels[rows],
             "factor": factor,
             "scale": torch.ones_like(factor) if scale is None else scale.reshape(1).float(),
-            "pixel_mean": vision.pixel_mean,
-            "pixel_std": vision.pixel_std,
             "seed": self.linears.draw_seed(),
+            **self.architecture.inputs(
+                self.base, batch.vision, images, shape.pictures, packing, input_ids
+            ),
         }
 
     # --- the passes ------------------------------------------------------------------------------
@@ -332,19 +286,13 @@ class FastPath:
             self.blocks.active(packing, shape.images),
             autocast,
         ):
-            picture_at, present = inputs["picture_at"], inputs["image_mask"].any(dim=1)
-            pixels = inputs["pixels"].flatten(0, 1)[picture_at].float()
-            pixels -= inputs["pixel_mean"].view(3, 1, 1)
-            pixels /= inputs["pixel_std"].view(3, 1, 1)
-            pixels *= present.flatten()[picture_at][:, None, None, None]
-            embeddings = fused.embed(base.model.embed_tokens, inputs["input_ids"])
-            hidden = fused.hidden_states(
-                *(base, self.blocks, embeddings, pixels, picture_at, inputs["image_mask"])
-            )
+            embeddings = fused.embed(self.architecture.embedding(base), inputs["input_ids"])
+            hidden = self.architecture.hidden_states(base, self.blocks, embeddings, inputs)
             loss = fused.target_loss(hidden, inputs["rows"], base.lm_head, inputs["labels"])
             loss = loss * inputs["factor"][0]
-            if self.reached is None:
-                self.reached = lora_linear.reached_by(loss)
+            with_images = shape.pictures > 0
+            if with_images not in self._reached:
+                self._reached[with_images] = lora_linear.reached_by(loss)
             (loss * inputs["scale"][0]).backward()
         return loss.detach()
 
@@ -430,9 +378,14 @@ class FastPath:
         self.counts.graphs += 1
         self.counts.seconds += seconds
         logger.info(
-            "recorded a CUDA graph for %d examples with %d tokens and %d images each in %.1f s "
-            "(%d so far, %.1f s)",
-            *(shape.examples, shape.rows, shape.images, seconds),
+            "recorded a CUDA graph for %d examples with %d tokens and %s in %.1f s (%d so far, "
+            "%.1f s)",
+            *(
+                shape.examples,
+                shape.rows,
+                self.architecture.described(shape.images, shape.pictures),
+                seconds,
+            ),
             *(self.counts.graphs, self.counts.seconds),
         )
         return _Graph(graph, static, loss)

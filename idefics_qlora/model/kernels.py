@@ -162,7 +162,7 @@ if triton is not None:
     @triton.jit
     def _heads(
         q, k, v, out, index, cos, sin, source_length, length,
-        q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, heads, half,
+        q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, heads, kv_heads, half,
         INDEX: tl.constexpr, ROTATE: tl.constexpr, BACK: tl.constexpr,
         HEADS: tl.constexpr, HALF: tl.constexpr,
     ):  # fmt: skip
@@ -178,8 +178,10 @@ if triton is not None:
         t = source % source_length
         head = tl.arange(0, HEADS)[:, None]
         column = tl.arange(0, HALF)[None, :]
-        inside = (head < heads) & (column < half)
-        wanted = (head < tl.where(present, heads, 0)) & (column < half)
+        number = tl.where(part == 0, heads, kv_heads)
+        before = tl.where(part == 0, 0, heads + (part - 1) * kv_heads)
+        inside = (head < number) & (column < half)
+        wanted = (head < tl.where(present, number, 0)) & (column < half)
         if part == 0:
             at = q + b * q_b + t * q_t + head * q_h + column
         elif part == 1:
@@ -199,7 +201,7 @@ if triton is not None:
                 y = second.to(tl.float32)
                 first = (x * c - y * s).to(out.dtype.element_ty)
                 second = (y * c + x * s).to(out.dtype.element_ty)
-        target = out + (row.to(tl.int64) * 3 + part) * (heads * half * 2)
+        target = out + (row.to(tl.int64) * (heads + 2 * kv_heads) + before) * (half * 2)
         target += head * (2 * half) + column
         tl.store(target, first, mask=inside)
         tl.store(target + half, second, mask=inside)
@@ -403,12 +405,12 @@ def heads(
     *,
     back: bool,
 ) -> Tensor:
-    """Query, key and value (B, H, T, D) side by side, the first two rotated: (M, 3 H D).
+    """Query, key and value side by side, the first two rotated: (M, (H + 2 G) D).
 
     Args:
-        q: D is even and the last dimension dense, here and in the others.
-        k: As ``q``.
-        v: As ``q``.
+        q: (B, H, T, D); D is even and the last dimension dense, here and in the others.
+        k: (B, G, T, D).
+        v: As ``k``.
         index: int64 (M,): which of the B T tokens a row is; negative: zeros. ``None``: all.
         cos: (L, D / 2) fp32; ``None``: nothing is rotated.
         sin: As ``cos``.
@@ -416,13 +418,14 @@ def heads(
             it is rotated the other way.
     """
     examples, number, length, width = q.shape
+    others = k.shape[1]
     rows = examples * length if index is None else len(index)
-    out = torch.empty(rows, 3 * number * width, dtype=q.dtype, device=q.device)
+    out = torch.empty(rows, (number + 2 * others) * width, dtype=q.dtype, device=q.device)
     _launch(
         _heads, (rows, 3), q, k, v, out, out if index is None else index,
         out if cos is None else cos, out if sin is None else sin,
         length, length if cos is None else len(cos),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], number, width // 2,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], number, others, width // 2,
         INDEX=index is not None, ROTATE=cos is not None, BACK=back,
         HEADS=triton.next_power_of_2(number), HALF=triton.next_power_of_2(width // 2),
     )  # fmt: skip

@@ -17,9 +17,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from idefics_qlora.data.batches import Batch
-from idefics_qlora.families.idefics import IdeficsVision
 from idefics_qlora.model.fused import FusedBlocks
-from idefics_qlora.model.graphs import FastPath, Shape, shape_of
+from idefics_qlora.model.graphs import FastPath
 from idefics_qlora.model.lora_linear import FastLinears
 from idefics_qlora.model.memory_trace import (
     Bytes,
@@ -29,6 +28,7 @@ from idefics_qlora.model.memory_trace import (
     total_bytes,
 )
 from idefics_qlora.model.precision import set_activation_checkpointing
+from idefics_qlora.model.shapes import Shape, shape_of
 
 MAX_MICRO_BATCH = 1024
 """Where the search for the largest micro-batch ends."""
@@ -91,9 +91,9 @@ class FastTrace(FastPath):
         self.begin_window()
 
     def _install(self) -> None:
-        self.reached = []  # nobody asks
+        self._reached = {True: []}  # nobody asks
         self.linears = FastLinears(self.model)
-        self.blocks = FusedBlocks(self.model, self.linears)
+        self.blocks = FusedBlocks(self.model, self.linears, self.architecture)
 
     def casts(self) -> int:
         """Bytes of the copies of A and B in the compute dtype, and of joined biases."""
@@ -109,17 +109,17 @@ class FastTrace(FastPath):
         examples, rows = 1009, 1013 * text_tokens
         images = max(1, images)  # as the collator has it
         length = shape_of(1, text_tokens, text_tokens, 1, 1, 1).length
-        side = self.base.config.vision_config.image_size
-        shape = Shape(examples, length, rows, rows, images, examples * images)
+        vision = self.architecture.traced_vision(self.base.config, examples, text_tokens, images)
+        of_images = images * self.architecture.tokens_of_an_image(self.base)
+        targets = examples * max(1, text_tokens - of_images) if of_images else rows
+        shape = Shape(examples, length, rows, targets, images, examples * images)
         groups = self.linears.used()
         known = [*self.model.parameters(), *self.model.buffers(), *quantized_tensors(self.model)]
         known += [p.grad for p in self.parameters if p.grad is not None]
         known += [t for g in groups for t in (g.a, g.b, g.frozen_bias) if t is not None]
         with _Live(known, examples, rows) as live:
+            vision = vision.map(torch.empty_like)
             ids = torch.empty(examples, text_tokens, dtype=torch.int64)
-            sees = torch.empty(examples, text_tokens, images, dtype=torch.bool)
-            pixels = torch.empty(examples, images, 3, side, side, dtype=torch.uint8)
-            vision = IdeficsVision(pixels, sees, torch.empty(3), torch.empty(3))
             batch = Batch(input_ids=ids, attention_mask=ids, labels=ids, vision=vision)
             self._pass(shape, self._inputs(batch, shape, 1, [images] * examples, None))
         return live.between, live.most

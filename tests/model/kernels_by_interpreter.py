@@ -78,17 +78,24 @@ def swiglu():
 
 
 def heads():
-    examples, length, number, width = 2, 7, 3, 10
+    _heads_of(3, 3)
+    _heads_of(5, 2)
+
+
+def _heads_of(number, others):
+    """Heads of the query, and of key and value each."""
+    examples, length, width = 2, 7, 10
+    every = [number, others, others]
     positions = torch.arange(length)[:, None].float()
     angles = positions / 10000 ** (torch.arange(0, width, 2) / width)
     cos, sin = angles.cos(), angles.sin()
     # 14 slots, of which the second example's last three are padding; two rows are no token.
     row_at = torch.tensor([*range(11), -1, -1, -1])
     slot_of = torch.tensor([*range(11), -1, -1])
-    rows = torch.randn(13, 3 * number * width)
+    rows = torch.randn(13, sum(every) * width)
 
     def views(t, count):
-        return t.view(count, -1, 3, number, width).permute(2, 0, 3, 1, 4).unbind(0)
+        return t.view(count, -1, sum(every), width).transpose(1, 2).split(every, dim=1)
 
     out = kernels.heads(*views(rows, 1), row_at, cos, sin, back=False)
     slots = torch.where((row_at >= 0)[:, None], rows[row_at.clamp(min=0)], 0.0)

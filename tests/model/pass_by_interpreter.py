@@ -1,5 +1,7 @@
 """Compares a pass with Triton's kernels and one without, by the interpreter (a script)."""
 
+import sys
+
 import torch
 from peft import LoraConfig
 
@@ -11,7 +13,7 @@ from idefics_qlora.model.precision import set_compute_dtype
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    base, processor = iq.tiny.load_model(device="cpu")
+    base, processor = iq.tiny.load_model(family=sys.argv[1], device="cpu")
     model = iq.add_lora(base, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -30,7 +32,10 @@ if __name__ == "__main__":
         path = FastPath(model, torch.float32)
         path.begin_window()
         lengths = batch.attention_mask.sum(1).tolist()
-        loss = path.micro_batch_backward(batch, batch.num_targets, lengths=lengths, images=[1, 1])
+        tiles = getattr(batch.vision, "is_tile", torch.ones(2, 1))
+        loss = path.micro_batch_backward(
+            batch, batch.num_targets, lengths=lengths, images=tiles.sum(1).int().tolist()
+        )
         path.close()
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         results.append((loss, torch.cat(grads)))

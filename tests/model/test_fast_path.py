@@ -7,20 +7,30 @@ import copy
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from micro_batches import QKV, a_batch, adapted, check_equal, gradient, images_of, lengths_of
+from helpers import SUCCESSORS, every_family
+from micro_batches import (
+    QKV,
+    a_batch,
+    adapted,
+    check_equal,
+    gradient,
+    images_of,
+    lengths_of,
+    shape_for,
+    text_model_of,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.model import fused
-from idefics_qlora.model.graphs import FastPath, Shape, shape_of
+from idefics_qlora.model import fused, fused_idefics, fused_successors
+from idefics_qlora.model.graphs import FastPath
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.precision import (
     DTYPES,
@@ -28,8 +38,10 @@ from idefics_qlora.model.precision import (
     set_activation_checkpointing,
     set_compute_dtype,
 )
+from idefics_qlora.model.shapes import Shape, shape_of
 
 CPU = torch.device("cpu")
+FAMILIES = ["idefics", *SUCCESSORS]
 
 
 def slow(model, batch, precision="fp32", num_targets=None):
@@ -57,6 +69,7 @@ def batch(processor, cards):
     return a_batch(processor, cards[:4])
 
 
+@every_family
 def test_loss_and_gradient_are_the_models_own(base, batch):
     """Without dropout, micro-batches of different lengths give 0.1's loss and gradient."""
     model = adapted(base)
@@ -68,16 +81,19 @@ def test_loss_and_gradient_are_the_models_own(base, batch):
     path.close()
 
 
+@every_family
 def test_layers_are_recomputed_when_asked(base, batch, monkeypatch):
     """Activation checkpointing runs every layer twice, with the same dropout: nothing changes."""
     model, calls = adapted(base, dropout=0.1), []
-    decoder = fused._Decoder.__call__
+    text = text_model_of(base)
+    kind = fused_idefics.Decoder if text is base.model else fused_successors.Decoder
+    decoder = kind.__call__
 
     def counted(self, *args, **kwargs):
         calls.append(self)
         return decoder(self, *args, **kwargs)
 
-    monkeypatch.setattr(fused._Decoder, "__call__", counted)
+    monkeypatch.setattr(kind, "__call__", counted)
     results = []
     for recompute in (False, True):
         set_activation_checkpointing(model, recompute)
@@ -85,11 +101,12 @@ def test_layers_are_recomputed_when_asked(base, batch, monkeypatch):
         torch.manual_seed(0)
         results.append(fast(path, batch))
         path.close()
-    layers = len(base.model.layers)
+    layers = len(text.layers)
     assert len(calls) == layers + 2 * layers
     check_equal(results[1], results[0], 1e-6)
 
 
+@every_family
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.05), ("bf16", 0.2)])
 def test_in_16_bits_it_is_as_exact_as_they_are(base, batch, precision, tolerance):
     """Loss and gradient are those in fp32 of the same weights, to rounding."""
@@ -103,18 +120,17 @@ def test_in_16_bits_it_is_as_exact_as_they_are(base, batch, precision, tolerance
     assert (grad - exact).norm() < tolerance * exact.norm()
 
 
-@pytest.mark.parametrize("case", ["two images", "one example", "no image"])
+@every_family
+@pytest.mark.parametrize("case", ["two images", "one example", "no image", "some without"])
 def test_other_batches(base, processor, cards, case):
     """Several images per example, a single one, and none at all."""
     number = 1 if case == "one example" else 3
     batch = a_batch(processor, cards[:number], images=2 if case == "two images" else 1)
-    if case == "no image":
-        vision = batch.vision
-        nothing = {
-            name: torch.zeros_like(getattr(vision, name))
-            for name in ("image_attention_mask", "pixel_values")
-        }
-        batch = replace(batch, vision=replace(vision, **nothing))
+    if case in ("no image", "some without"):
+        examples = [iq.Example(["Question: What?"], " That. " * n) for n in (3, 2)]
+        if case == "some without":
+            examples.insert(1, iq.Example([cards[0]["image"], "What?"], " This."))
+        batch = Collator(processor)(examples)
     model = adapted(base)
     expected = slow(model, batch)
     path = FastPath(model, torch.float32)
@@ -149,10 +165,11 @@ def test_who_sees_no_image_has_finite_scores(base, processor, cards):
     path.close()
 
 
+@every_family
 def test_micro_batches_add_up(base, processor, cards):
     """Parts of a window add up to the whole of it, as they do the slow way."""
     batch = a_batch(processor, cards[:4])
-    lengths = lengths_of(batch)
+    lengths, num_images = lengths_of(batch), batch.vision.pixel_values.shape[1]
     model = adapted(base)
     path = FastPath(model, torch.float32)
     whole = fast(path, batch)
@@ -160,15 +177,16 @@ def test_micro_batches_add_up(base, processor, cards):
     path.begin_window()
     loss = torch.zeros(())
     for start in (0, 2):
-        part = batch.part(slice(start, start + 2), lengths[start], 1)
+        part = batch.part(slice(start, start + 2), lengths[start], num_images)
         number = batch.num_targets
         loss += path.micro_batch_backward(
-            part, number, lengths=lengths[start : start + 2], images=[1, 1]
+            part, number, lengths=lengths[start : start + 2], images=images_of(part)
         )
     check_equal((loss, gradient(model)), whole, 3e-5)
     path.close()
 
 
+@every_family
 def test_the_scale_is_in_the_gradient_and_not_in_the_loss(base, batch):
     """A scaler's scale multiplies the gradient alone."""
     model = adapted(base)
@@ -197,7 +215,7 @@ def with_a_trained_norm(base):
 
 def with_a_hook(base):
     model = adapted(base)
-    layers = model.get_base_model().model.layers
+    layers = text_model_of(model.get_base_model()).layers
     layers[0].mlp.register_forward_hook(lambda *_: None)
     return model
 
@@ -207,6 +225,7 @@ def with_lora_everywhere(base):
     return adapted(base, target_modules=everywhere)
 
 
+@every_family
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -230,6 +249,7 @@ def test_blocks_that_are_not_known_run_their_own_way(base, batch, make, reason):
     path.close()
 
 
+@every_family
 def test_dropout_follows_from_the_generator(base, batch):
     """The same random state gives the same masks; the next micro-batch has others."""
     model = adapted(base, dropout=0.2)
@@ -244,6 +264,7 @@ def test_dropout_follows_from_the_generator(base, batch):
     path.close()
 
 
+@every_family
 def test_outside_of_a_pass_the_model_is_its_own(base, batch):
     """Evaluation and generation between micro-batches take the model's own code, to the bit."""
     model = adapted(base)
@@ -263,6 +284,7 @@ def test_outside_of_a_pass_the_model_is_its_own(base, batch):
         assert torch.equal(model(**batch.inputs(), use_cache=False).logits, before)
 
 
+@every_family
 def test_a_copy_of_the_model_is_a_model_of_its_own(base, batch):
     """A deep copy made while the fast path is there neither uses nor changes the first one's."""
     model = adapted(base)
@@ -279,6 +301,7 @@ def test_a_copy_of_the_model_is_a_model_of_its_own(base, batch):
     path.close()
 
 
+@every_family
 def test_a_changed_adapter_is_taken_as_it_is_now(base, batch):
     """What is merged or switched off between two windows is so in the next."""
     model = adapted(base)
@@ -304,13 +327,14 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@every_family
 def test_nothing_waits_for_data(base, batch):
     """A pass asks for no value and makes no tensor whose size depends on values: it could be
     recorded, and a GPU would not be waited for."""
     model = adapted(base, dropout=0.1, precision="bf16")
     path = FastPath(model, torch.bfloat16)
     path.begin_window()
-    shape = shape_of(4, sum(lengths_of(batch)), max(lengths_of(batch)), 64, 1, 4)
+    shape = shape_for(path, batch)
     inputs = path._inputs(batch, shape, 10, images_of(batch), None)
     with Operations() as ours:
         path._pass(shape, inputs)
@@ -344,15 +368,17 @@ def test_pictures_are_few_shapes():
     assert shape_of(3, 300, 160, 100, 5, 15).pictures == 15
 
 
+@every_family
 @pytest.mark.parametrize("padding", [0, 2, 7])
 def test_images_that_pad_are_not_looked_at(base, processor, cards, padding):
     """Of examples with 3, 1, 0 and 1 images, vision sees five, or as many more as a shape has, and
     loss and gradient are the model's own, with adapters on vision and on what it is asked by."""
-    images = [card["image"] for card in cards[5:10]]
-    prompts = [[*images[:3], "Three?"], [images[3], "One?"], ["None?"], [images[4], "One?"]]
+    pictures = [card["image"] for card in cards[5:10]]
+    prompts = [[*pictures[:3], "Three?"], [pictures[3], "One?"], ["None?"], [pictures[4], "One?"]]
     examples = [iq.Example(prompt, " It is. It is.") for prompt in prompts]
     batch = Collator(processor)(examples)
-    assert images_of(batch) == [3, 1, 0, 1]
+    images = images_of(batch)
+    assert [number // images[1] for number in images] == [3, 1, 0, 1]
     model = adapted(base)
     expected = slow(model, batch)
     path = FastPath(model, torch.float32)
@@ -363,10 +389,11 @@ def test_images_that_pad_are_not_looked_at(base, processor, cards, padding):
     path.model.zero_grad()
     path.begin_window()
     lengths = lengths_of(batch)
-    shape = Shape(4, max(lengths), sum(lengths), batch.num_targets, 3, 5 + padding)
-    loss = path._pass(shape, path._inputs(batch, shape, batch.num_targets, [3, 1, 0, 1], None))
+    seen_by_vision = sum(images) + padding
+    shape = Shape(*(4, max(lengths), sum(lengths), batch.num_targets, max(images), seen_by_vision))
+    loss = path._pass(shape, path._inputs(batch, shape, batch.num_targets, images, None))
     check_equal((loss, gradient(model)), expected, 3e-5)
-    assert seen == [5 + padding]
+    assert seen == [seen_by_vision]
     hook.remove()
     path.close()
 
@@ -387,13 +414,14 @@ def test_packing_leads_to_slots_and_back():
     assert torch.equal(values.grad, torch.cat([torch.ones(9, 2), torch.zeros(3, 2)]))
 
 
+@every_family
 def test_rows_that_are_no_token_change_nothing(base, batch):
     """A micro-batch rounded up to a shape has the loss and gradient of the one that is not."""
     model = adapted(base)
     path = FastPath(model, torch.float32)
     exact = fast(path, batch)
     lengths = lengths_of(batch)
-    shape = shape_of(4, sum(lengths), max(lengths), sum(lengths), 1, 4)
+    shape = shape_for(path, batch)
     assert shape.rows > sum(lengths)
     assert shape.length > max(lengths)
     model.zero_grad()
@@ -402,6 +430,7 @@ def test_rows_that_are_no_token_change_nothing(base, batch):
     path.close()
 
 
+@every_family
 def test_which_models_can_be_trained_the_fast_way(base):
     """Trained embeddings or head, and other attention, are told."""
     model = adapted(base)
@@ -411,8 +440,9 @@ def test_which_models_can_be_trained_the_fast_way(base):
     assert FastPath.why_not(model) == "attention is 'eager'"
     inner.config._attn_implementation = "sdpa"
     inner.lm_head.weight.requires_grad_(True)
-    assert FastPath.why_not(model) == "the head is trained"
-    inner.model.embed_tokens.weight.requires_grad_(True)
+    tied = inner.lm_head.weight is inner.get_input_embeddings().weight
+    assert FastPath.why_not(model) == f"the {'embedding' if tied else 'head'} is trained"
+    text_model_of(inner).embed_tokens.weight.requires_grad_(True)
     assert FastPath.why_not(model) == "the embedding is trained"
 
 
@@ -425,20 +455,28 @@ def test_embedding_is_the_models_own(base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["kernels_by_interpreter.py", "pass_by_interpreter.py"])
+@pytest.mark.parametrize(
+    "script",
+    ["kernels_by_interpreter.py", *(f"pass_by_interpreter.py {f}" for f in FAMILIES)],
+)
 def test_triton_kernels_by_the_interpreter(script):
     """Every Triton kernel does what PyTorch's operations do, alone and in a whole pass."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(iq.__file__).parents[1])
-    file = Path(__file__).with_name(script)
+    file, *arguments = script.split()
     result = subprocess.run(
-        [sys.executable, file], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, Path(__file__).with_name(file), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "equal" in result.stdout
 
 
+@every_family
 def test_a_graph_of_the_same_parameters_is_not_touched(base, batch):
     """Autograd's nodes for the parameters, which another pass may hold on its own stream, are no
     part of a pass that adds its gradients directly."""

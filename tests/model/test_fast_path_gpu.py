@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
+from helpers import every_family
 from micro_batches import QKV, a_batch, adapted, check_equal, gradient, images_of, lengths_of
 
 import idefics_qlora as iq
-from idefics_qlora.model import fused, kernels
+from idefics_qlora.model import kernels
 from idefics_qlora.model.graphs import FastPath
 from idefics_qlora.model.loss import summed_cross_entropy
 from idefics_qlora.model.precision import autocast
@@ -20,12 +21,12 @@ GPU = torch.device("cuda:0")
 
 
 @pytest.fixture
-def make(monkeypatch):
+def make(monkeypatch, family):
     """Makes the tiny base with adapters on the GPU; also the micro-batches of a run."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     def model(dropout=0.0):
-        base, _ = iq.tiny.load_model(device=GPU)
+        base, _ = iq.tiny.load_model(family=family, device=GPU)
         return adapted(base, dropout, "fp16", target_modules=QKV)
 
     return model
@@ -33,7 +34,7 @@ def make(monkeypatch):
 
 @pytest.fixture
 def batches(processor, cards):
-    """Micro-batches of three shapes, each twice or more."""
+    """Micro-batches of three shapes, each twice or more; tiles of some are padding."""
     shapes = [a_batch(processor, cards[:4]), a_batch(processor, cards[:2], longest=30)]
     shapes.append(a_batch(processor, cards[4:7], images=2))
     return [shapes[n].to(GPU) for n in (0, 1, 0, 2, 1, 0, 2, 1, 2)]
@@ -68,6 +69,7 @@ def same(a, b):
     )
 
 
+@every_family
 def test_gradients_are_the_models_own(make, batches):
     """Eager, while recording and replayed, loss and gradient are 0.1's to rounding."""
     model = make()
@@ -87,6 +89,7 @@ def test_gradients_are_the_models_own(make, batches):
     path.close()
 
 
+@every_family
 def test_a_graph_is_what_it_recorded(make, batches, deterministic):
     """With dropout, a run by graphs and one without are equal to the bit, and so is one that is
     resumed in the middle, when nothing has been recorded yet."""
@@ -112,6 +115,7 @@ def test_a_graph_is_what_it_recorded(make, batches, deterministic):
     assert not torch.equal(whole[0][1], whole[2][1])  # dropout is drawn anew
 
 
+@every_family
 def test_without_triton(make, batches, deterministic, monkeypatch):
     """Where Triton is missing, PyTorch's operations are recorded, dropout included."""
     monkeypatch.setattr(kernels, "usable", lambda tensor: False)
@@ -127,6 +131,7 @@ def test_without_triton(make, batches, deterministic, monkeypatch):
     eager.close()
 
 
+@every_family
 def test_a_recording_that_fails(make, batches, monkeypatch, caplog):
     """Something that cannot be recorded: one line says so, and training goes on eagerly; random
     numbers, memory and later runs are none the worse."""
@@ -134,14 +139,15 @@ def test_a_recording_that_fails(make, batches, monkeypatch, caplog):
     path = FastPath(model, torch.float16)
     expected = run(path, batches)
     path.close()
-    real = fused.hidden_states
+    kind = type(path.architecture)
+    real = kind.hidden_states
 
     def waiting(*args):
         result = real(*args)
         result.sum().item()
         return result
 
-    monkeypatch.setattr(fused, "hidden_states", waiting)
+    monkeypatch.setattr(kind, "hidden_states", waiting)
     path = FastPath(model, torch.float16)
     with caplog.at_level(logging.WARNING):
         for actual, reference in zip(run(path, batches), expected, strict=True):
@@ -188,6 +194,7 @@ def test_the_first_pass_of_a_process_may_be_recorded(tmp_path):
     assert "without CUDA graphs" not in done.stdout, done.stdout
 
 
+@every_family
 def test_memory_that_does_not_suffice(make, processor, cards):
     """Out of memory, eagerly or while recording, is told as such; the graphs are freed, a smaller
     micro-batch trains, and afterwards the memory is back."""
@@ -219,6 +226,7 @@ def test_memory_that_does_not_suffice(make, processor, cards):
     assert torch.cuda.memory_reserved() - before[1] < 100 * 2**20
 
 
+@every_family
 def test_gradients_that_moved_are_found(make, batches):
     """With other gradient buffers, graphs are recorded anew instead of adding to the old ones."""
     model = make()

@@ -1,6 +1,7 @@
 """Whole runs the fast way on a GPU: what holds for a run holds with graphs as well."""
 
 import copy
+import functools
 import gc
 import json
 import os
@@ -10,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from helpers import config_of, same
+from helpers import config_of, every_family, same
 from peft import LoraConfig
 
 import idefics_qlora as iq
@@ -27,8 +28,9 @@ from idefics_qlora.data.captions import pokemon_card_example
 
 folder, options = sys.argv[1], json.loads(sys.argv[2])
 kill_at, looks = options.pop("kill_at", None), options.pop("looks", False)
+family = options.pop("family")
 torch.use_deterministic_algorithms(True)
-model, processor = iq.tiny.load_model(device="cuda:0")
+model, processor = iq.tiny.load_model(family=family, device="cuda:0")
 model = iq.add_lora(model)
 rows = [pokemon_card_example(card) for card in iq.tiny.creature_cards(24, seed=1)]
 for n, row in enumerate(rows):  # of many lengths, the longest shared by few
@@ -67,30 +69,38 @@ def end_of(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What a run comes to that nothing happens to."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert run(folder) == 0
-    return end_of(folder)
+def wholes(tmp_path_factory):
+    """What a family's run comes to that nothing happens to."""
+
+    @functools.cache
+    def whole(family):
+        folder = tmp_path_factory.mktemp("whole")
+        assert run(folder, family=family) == 0
+        return end_of(folder)
+
+    return whole
 
 
-def test_killed_and_gone_on(whole, tmp_path):
+@every_family
+def test_killed_and_gone_on(wholes, family, tmp_path):
     """With dropout, graphs, mixed lengths and ``auto``, it ends like the untouched, to the bit."""
-    assert run(tmp_path, kill_at=7) == -signal.SIGKILL
+    assert run(tmp_path, family=family, kill_at=7) == -signal.SIGKILL
     assert iq.latest_checkpoint(tmp_path).name == "checkpoint-4"
-    assert run(tmp_path) == 0
-    assert same(end_of(tmp_path), whole)
+    assert run(tmp_path, family=family) == 0
+    assert same(end_of(tmp_path), wholes(family))
 
 
-def test_looking_changes_nothing(whole, tmp_path):
+@every_family
+def test_looking_changes_nothing(wholes, family, tmp_path):
     """Evaluations, and captions from ``on_log``, between the steps."""
-    assert run(tmp_path, looks=True, eval_steps=1) == 0
-    assert same(end_of(tmp_path), whole)
+    assert run(tmp_path, family=family, looks=True, eval_steps=1) == 0
+    assert same(end_of(tmp_path), wholes(family))
 
 
-def test_the_first_steps_are_those_of_the_eager_way(tmp_path, cards):
+@every_family
+def test_the_first_steps_are_those_of_the_eager_way(family, tmp_path, cards):
     """Loss and gradient norm of 20 steps in fp16, without dropout: within 1 %."""
-    base, processor = iq.tiny.load_model(device="cuda:0")
+    base, processor = iq.tiny.load_model(family=family, device="cuda:0")
     logs = []
     for fast in (False, True):
         lora = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj"])
@@ -103,9 +113,10 @@ def test_the_first_steps_are_those_of_the_eager_way(tmp_path, cards):
         assert fast["grad_norm"] == pytest.approx(eager["grad_norm"], rel=0.01)
 
 
-def test_windows_of_every_kind(tmp_path, cards):
+@every_family
+def test_windows_of_every_kind(family, tmp_path, cards):
     """Without a picture, with five, of one row: losses are those of the eager way."""
-    base, processor = iq.tiny.load_model(device="cuda:0")
+    base, processor = iq.tiny.load_model(family=family, device="cuda:0")
     one = pokemon_card_example(cards[0])
     rows = [
         iq.Example(["Question: What is blue? Answer:"], " The sky."),
@@ -123,9 +134,10 @@ def test_windows_of_every_kind(tmp_path, cards):
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-def test_two_runs_leave_nothing(tmp_path, cards):
+@every_family
+def test_two_runs_leave_nothing(family, tmp_path, cards):
     """One after the other in one process: graphs, pools and flat memory are given back."""
-    model, processor = iq.tiny.load_model(device="cuda:0")
+    model, processor = iq.tiny.load_model(family=family, device="cuda:0")
     model = iq.add_lora(model)
     held = []
     for name in ("a", "b"):
