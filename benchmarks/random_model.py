@@ -1,4 +1,4 @@
-"""The architectures of IDEFICS with random weights in 4 bits, built without a download.
+"""The architectures of the family with random weights, in 4 bits or 16, built without a download.
 
 Every linear layer is made and quantised on the device, one at a time, so the fp16 model never
 exists as a whole. The gates of the cross-attention are set to 1 (``alpha_initializer="ones"``);
@@ -13,9 +13,9 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from transformers import IdeficsConfig, PretrainedConfig
 
-from idefics_qlora.families import FAMILIES
+from idefics_qlora.families import family_of_config
 from idefics_qlora.model.precision import set_compute_dtype
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -80,7 +80,7 @@ ARCHITECTURES["80b"] = {
 
 
 def configuration(architecture: str) -> IdeficsConfig:
-    """The configuration of an architecture, its gates open."""
+    """The configuration of an architecture of IDEFICS, its gates open."""
     return IdeficsConfig(
         **ARCHITECTURES[architecture],
         use_resampler=True,
@@ -90,25 +90,36 @@ def configuration(architecture: str) -> IdeficsConfig:
     )
 
 
-def random_4bit_model(config: IdeficsConfig, device: torch.device) -> IdeficsForVisionText2Text:
+def random_4bit_model(config: IdeficsConfig, device: torch.device) -> Any:
     """The model with random weights, NF4 like ``load_model`` makes it, built on the device."""
+    return random_model(config, device)
+
+
+def random_model(
+    config: PretrainedConfig,
+    device: torch.device,
+    *,
+    quantize: bool = True,
+    dtype: torch.dtype = torch.float16,
+) -> Any:
+    """A model with random weights as ``load_model`` would leave it, built on the device."""
+    family = family_of_config(config)
     with torch.device("meta"):
-        model = IdeficsForVisionText2Text(config)
+        model: Any = family.model_class()(config)
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(shape: torch.Size, std: float = 0.02) -> torch.Tensor:
-        weight = torch.empty(shape, dtype=torch.float16, device=device)
+        weight = torch.empty(shape, dtype=dtype, device=device)
         return weight.normal_(std=std, generator=generator)
 
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and not any(
-            part in name for part in FAMILIES["idefics"].not_quantized
-        ):
+        is_linear = quantize and type(module) is nn.Linear
+        if is_linear and not any(part in name for part in family.not_quantized):
             quantised = bnb.nn.Linear4bit(
                 module.in_features,
                 module.out_features,
                 bias=module.bias is not None,
-                compute_dtype=torch.float16,
+                compute_dtype=dtype,
                 quant_type="nf4",
                 device="meta",
             )
@@ -124,16 +135,17 @@ def random_4bit_model(config: IdeficsConfig, device: torch.device) -> IdeficsFor
         parent, _, child = name.rpartition(".")
         module = model.get_submodule(parent)
         if "alpha" in child or ("norm" in parent.lower() and child == "weight"):
-            value = torch.ones(parameter.shape, dtype=torch.float16, device=device)
+            value = torch.ones(parameter.shape, dtype=dtype, device=device)
         elif child == "bias":
-            value = torch.zeros(parameter.shape, dtype=torch.float16, device=device)
+            value = torch.zeros(parameter.shape, dtype=dtype, device=device)
         else:
             value = normal(parameter.shape)
         setattr(module, child, nn.Parameter(value, requires_grad=False))
     fresh_buffers(model, device)
     # transformers sets this on loading; without it peft takes its adapter for unquantised layers.
-    model.is_loaded_in_4bit = True
-    set_compute_dtype(model, torch.float16)
+    model.is_loaded_in_4bit = quantize
+    model.requires_grad_(False)
+    set_compute_dtype(model, dtype)
     return model.eval()
 
 

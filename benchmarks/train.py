@@ -181,7 +181,8 @@ def disagreements(records: Iterable[dict[str, Any]], tolerance: float = 0.03) ->
     for record in records:
         if record.get("losses"):
             arm = ARMS[record["arm"]]
-            work.setdefault((arm.rows, arm.many, arm.loader), {})[record["arm"]] = record["losses"]
+            same = arm.model, arm.rows, arm.many, arm.loader
+            work.setdefault(same, {})[record["arm"]] = record["losses"]
     return [f"{losses}" for losses in work.values() if not pairs_agree(losses.values(), tolerance)]
 
 

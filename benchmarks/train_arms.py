@@ -1,5 +1,7 @@
 """The arms of ``train.py``: ours and Hugging Face's Trainer on the same rows.
 
+Past 400 lines: what an arm is, what it trains on, and how both sides are run are read together.
+
 All arms see the same rows in the same order and count the same targets; Trainer gets a correct loss
 (its own raises for IDEFICS) and our collator.
 """
@@ -22,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from random_model import configuration, random_4bit_model
+from published import PUBLISHED
+from random_model import configuration, random_4bit_model, random_model
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 from train_meter import Meter, matmul_rate
@@ -32,13 +35,40 @@ from transformers.utils import logging as transformers_logging
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.order import epoch_order
-from idefics_qlora.families import FAMILIES
+from idefics_qlora.families import FAMILIES, family_of_config
 from idefics_qlora.model.base_weights import dequantize, unnest_if_small
 from idefics_qlora.model.execution import Eager
 from idefics_qlora.model.graphs import FastPath
 from idefics_qlora.model.precision import DTYPES, set_compute_dtype
 from idefics_qlora.model.shapes import shape_of
 from idefics_qlora.training.incoming import Incoming
+
+
+@dataclass(frozen=True)
+class Successor:
+    """A base whose images are tokens of the text, and on what it is measured."""
+
+    published: str
+    """Its Hub id."""
+    longest_edge: int
+    """Pixels to which its processor resizes a picture."""
+    picture: tuple[int, int]
+    """Width and height of the benchmark's pictures."""
+    quantized: bool = False
+
+    def configuration(self) -> Any:
+        """A new one."""
+        return PUBLISHED[self.published].configuration()
+
+
+SUCCESSORS = {
+    "SmolVLM-256M": Successor("HuggingFaceTB/SmolVLM-256M-Instruct", 2048, (640, 480)),
+    "SmolVLM2-500M": Successor("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", 2048, (640, 480)),
+    "SmolVLM2-2.2B": Successor("HuggingFaceTB/SmolVLM2-2.2B-Instruct", 1536, (640, 480)),
+    # As large as it sees pictures, and not cut into quarters.
+    "Idefics2-8B": Successor("HuggingFaceM4/idefics2-8b", 980, (980, 980), quantized=True),
+    "Idefics3-8B": Successor("HuggingFaceM4/Idefics3-8B-Llama3", 1456, (640, 480), quantized=True),
+}
 
 SEED = 42
 QUESTION = "Question: What's on the picture? Answer:"
@@ -71,11 +101,15 @@ class Arm:
     """Without: the same few windows again and again, on the device."""
     recipe: bool = False
     """The whole run with two evaluations and two checkpoints, timed from ``train()`` to its end."""
+    model: str = ""
+    """One of ``SUCCESSORS``, on pictures whose tiles are text, without a loader; else IDEFICS."""
+    window: int | None = None
+    """Examples of a step at full size."""
 
     @property
-    def base(self) -> tuple[bool, bool, str]:
+    def base(self) -> tuple[bool | str, ...]:
         """Arms with the same can be measured in one process, one after the other."""
-        return self.trainer, self.dequantized, self.precision
+        return (self.model,) if self.model else (self.trainer, self.dequantized, self.precision)
 
 
 ARMS = {
@@ -96,6 +130,18 @@ ARMS = {
     "d-jpeg": Arm("ours 16 x 1, JPEG files", 0.25, rows="jpeg", warmup=80),
     "a-mixed": Arm("Trainer 2 x 8", 4.2, trainer=True, micro_batch="small", rows="mixed"),
 }
+for _name, _window, *_step_s in (
+    ("SmolVLM-256M", 16, 0.4, 1.6),
+    ("SmolVLM2-500M", 16, 0.4, 1.7),
+    ("SmolVLM2-2.2B", 16, 0.8, 2.0),
+    ("Idefics2-8B", 8, 0.5, 1.5),
+    ("Idefics3-8B", 8, 1.5, 3.0),
+):
+    for _who, _seconds in zip(("ours", "Trainer"), _step_s, strict=True):
+        ARMS[f"{_name.lower()}{'-trainer' * (_who == 'Trainer')}"] = Arm(
+            f"{_name}: {_who} 2 x {_window // 2}", _seconds, trainer=_who == "Trainer",
+            micro_batch="small", precision="bf16", loader=False, model=_name, window=_window,
+        )  # fmt: skip
 """What tells most comes first."""
 
 
@@ -114,7 +160,7 @@ class Size:
     profiled: int
     eval_rows: int
     picture: tuple[int, int]
-    """Pixels of the JPEG files."""
+    """Pixels of the JPEG files, and of pictures that are cut into tiles."""
     matmul: int
     """Rows and columns of the matrices whose product tells the device's rate."""
 
@@ -136,7 +182,7 @@ WARM_AGAIN = 3
 
 def missing(arm: Arm, device: torch.device) -> str | None:
     """What an arm needs and does not find."""
-    if arm.precision == "bf16" and device.type != "cuda":
+    if arm.precision == "bf16" and not arm.model and device.type != "cuda":
         return "needs a CUDA GPU"
     return None
 
@@ -154,6 +200,8 @@ class Bench:
 
     def model(self, arm: Arm) -> tuple[Any, Any]:
         """The base with fresh adapters, and its processor."""
+        if self.base is None and arm.model:
+            self.base, self.processor = self._successor(arm)
         if self.base is None:
             base, self.processor = iq.tiny.load_model(
                 device=self.device if self.size == "tiny" else "cpu"
@@ -168,9 +216,31 @@ class Bench:
             self.base = base
         return iq.add_lora(self.base), self.processor
 
+    def _successor(self, arm: Arm) -> tuple[Any, Any]:
+        about = SUCCESSORS[arm.model]
+        config = about.configuration()
+        full = self.size == "9b"
+        base, processor = iq.tiny.load_model(
+            family=config.model_type,
+            device="cpu" if full else self.device,
+            quantize=about.quantized,
+        )
+        if full:
+            at_full_size(arm.model, config, processor)
+            base = random_model(
+                config, self.device, quantize=about.quantized, dtype=DTYPES[arm.precision]
+            )
+        if about.quantized:
+            unnest_if_small(base, self.device)
+        return base, processor
+
     def size_of(self, arm: Arm) -> Size:
         """How much an arm has to do."""
         size = SIZES[self.size]
+        if arm.model and self.size == "9b":
+            assert arm.window is not None
+            shape = SUCCESSORS[arm.model].picture
+            return replace(size, window=arm.window, warmup=8, counted=20, picture=shape)
         if arm.warmup is None or self.size != "9b":
             return size
         return replace(size, warmup=arm.warmup)
@@ -208,7 +278,9 @@ class Bench:
                 meter = Meter(self.device, size.warmup, size.counted)
                 record = {"build_s": built, **run(Path(folder) / "run", meter)}
                 record |= self._rates(arm, rows, window, meter, record)
-            if self.device.type == "cuda" and not arm.recipe:
+                if arm.model and not arm.trainer:
+                    record |= self._estimate(arm, rows, record)
+            if self.device.type == "cuda" and not arm.recipe and not (arm.model and arm.trainer):
                 profiled = 1 if arm.micro_batch == "small" else size.profiled
                 meter = Meter(self.device, WARM_AGAIN, 0, profiled)
                 run(Path(folder) / "profiled", meter)
@@ -287,6 +359,24 @@ class Bench:
             figures["padding_share"] = 1 - num_tokens / meter.num_slots
         return figures
 
+    def _estimate(self, arm: Arm, rows: Rows, record: dict[str, Any]) -> dict[str, Any]:
+        """What the library expects a run to take."""
+        estimate = iq.estimate_memory(
+            self.base.config,
+            text_tokens=max(rows.num_tokens),
+            images=max(rows.num_images),
+            micro_batch=record["micro_batch_size"],
+            precision=record["precision"],
+            quantize=SUCCESSORS[arm.model].quantized,
+        )
+        expected = estimate.peak() / 2**30
+        return {
+            "estimated_peak_gib": expected,
+            "estimate_of_peak": expected / record["peak_allocated_gib"],
+            "text_tokens": max(rows.num_tokens),
+            "tiles": max(rows.num_images),
+        }
+
     def _forget(self, model: Any) -> None:
         """Leave the base as it was before the adapters."""
         self.base = model.unload()
@@ -298,11 +388,28 @@ class Bench:
             torch.cuda.empty_cache()
 
 
+def at_full_size(name: str, config: Any, processor: Any) -> None:
+    """Let a small base's processor cut pictures as that of one of ``SUCCESSORS`` does.
+
+    The tokenizer stays: it has words of one token each.
+    """
+    longest, images = SUCCESSORS[name].longest_edge, processor.image_processor
+    if config.model_type == "idefics2":
+        images.size = {"shortest_edge": 378, "longest_edge": longest}
+        images.do_image_splitting = False
+    else:
+        images.max_image_size = {"longest_edge": config.vision_config.image_size}
+        images.size = {"longest_edge": longest}
+    family: Any = family_of_config(config)
+    processor.image_seq_len = family.tokens_of_a_tile(config)
+    config.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+
+
 def operations(size: str, config: Any, num_tokens: int, num_images: int) -> float:
     """Floating-point operations of forward and backward passes, nothing recomputed."""
-    if size == "9b":  # with attention's scores and the adapters
+    if size == "9b" and config.model_type == "idefics":  # with attention's scores and the adapters
         return 0.76e12 * num_images + 0.0322e12 * num_tokens
-    return FAMILIES["idefics"].training_flops(config, num_tokens, num_images)
+    return FAMILIES[config.model_type].training_flops(config, num_tokens, num_images)
 
 
 class Rows:
@@ -321,6 +428,12 @@ class Rows:
             for i, card in enumerate(cards):
                 card["image"] = folder / f"{i}.jpg"
                 picture(*size.picture, seed=i).save(card["image"], quality=90)
+        if arm.model:
+            cards = [{**card, "image": card["image"].resize(size.picture)} for card in cards[:16]]
+        # Of one picture: its tiles, and its tokens beside the one that stands for it.
+        pixels = self.collator.pixels([cards[0]["image"]])[0]
+        self.tiles = self.collator.reader.num_tiles(pixels)
+        self.image_tokens = len(self.collator.reader.image_token_ids(pixels)) - 1
 
         def example(i: int) -> iq.Example:
             fixed = arm.rows == "fixed"
@@ -337,8 +450,12 @@ class Rows:
         # Ours draws its rows from the first list; Trainer gets them in the order of that drawing.
         self.drawn = drawn
         self.in_order = [drawn[i] for i in epoch_order(SEED, 0, number)]
-        self.num_tokens = [self._num_tokens(example) for example in self.in_order]
         self.num_images = [len(example.prompt) - 1 for example in self.in_order]
+        self.num_tokens = [
+            self._num_tokens(example) + number * self.image_tokens
+            for example, number in zip(self.in_order, self.num_images, strict=True)
+        ]
+        self.num_images = [number * self.tiles for number in self.num_images]
 
     def _num_tokens(self, example: iq.Example) -> int:
         (tokens,) = self.collator.tokens([example])
@@ -401,7 +518,8 @@ def ours(arm: Arm, model: Any, rows: Rows, config: iq.TrainConfig, meter: Meter)
     if arm.recipe:
         loop.finish_step = marked_finish
     if not arm.loader:
-        Incoming.windows = lambda incoming: Repeated(windows(incoming))  # type: ignore
+        number = 2 if arm.model else 4
+        Incoming.windows = lambda incoming: Repeated(windows(incoming), number)  # type: ignore
     try:
         with watched(meter):
             result = iq.train(
@@ -460,6 +578,20 @@ class Collate:
         return {**batch.inputs(), "labels": batch.labels}
 
 
+class Kept:
+    """Trainer's batches made beforehand: the same few again and again, by the numbers of rows."""
+
+    def __init__(self, collate: Collate, examples: list[iq.Example], size: int, pin: bool) -> None:
+        self.size, self.batches = size, []
+        for start in range(0, len(examples), size):
+            batch = collate(examples[start : start + size])
+            self.batches.append({k: t.pin_memory() if pin else t for k, t in batch.items()})
+
+    def __call__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
+        """The batch that begins with this row."""
+        return dict(self.batches[numbers[0] // self.size % len(self.batches)])
+
+
 def trainer(
     arm: Arm, model: Any, rows: Rows, config: iq.TrainConfig, meter: Meter
 ) -> dict[str, Any]:
@@ -500,6 +632,9 @@ def trainer(
 
     micro_batch = config.micro_batch_size
     assert isinstance(micro_batch, int)
+    collate: Any = Collate(rows.collator)
+    if not arm.loader:
+        collate = Kept(collate, rows.in_order[: 2 * config.global_batch_size], micro_batch, on_gpu)
     this = InOrder(
         model=model,
         args=TrainingArguments(
@@ -524,13 +659,13 @@ def trainer(
             report_to="none",
             use_cpu=not on_gpu,
             remove_unused_columns=False,
-            dataloader_pin_memory=on_gpu,
-            dataloader_num_workers=config.num_workers,
+            dataloader_pin_memory=on_gpu and arm.loader,
+            dataloader_num_workers=config.num_workers if arm.loader else 0,
             disable_tqdm=True,
         ),
-        train_dataset=rows.in_order,
+        train_dataset=rows.in_order if arm.loader else range(len(rows.in_order)),
         eval_dataset=rows.held_out if arm.recipe else None,
-        data_collator=Collate(rows.collator),
+        data_collator=collate,
         compute_loss_func=loss_function,
         callbacks=[Marks()],
     )

@@ -55,7 +55,12 @@ class Figures:
 
     def arms(self, *, recipe: bool) -> list[str]:
         """Those measured, in the order of ``ARMS``."""
-        return [key for key in ORDER if key in self.records and ARMS[key].recipe == recipe]
+        wanted = (key for key in ORDER if key in self.records and not ARMS[key].model)
+        return [key for key in wanted if ARMS[key].recipe == recipe]
+
+    def successors(self) -> list[str]:
+        """Those measured whose images are tokens of the text."""
+        return [key for key in ORDER if key in self.records and ARMS[key].model]
 
     def middle(self, key: str, *path: str) -> float | None:
         """The median of a figure over an arm's rounds; of a list, of its first."""
@@ -112,6 +117,10 @@ COLUMNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "warm-up, s": (".1f", ("warmup_s",)),
     "loss": (".3f", ("losses",)),
 }
+SUCCESSORS_COLUMNS = (
+    *("examples/s", "tokens/s", "of the matmul rate", "median", "GPU busy", "kernels"),
+    *("peak GiB", "estimate of it"),
+)
 
 
 def devices(contents: Iterable[dict[str, Any]]) -> list[Figures]:
@@ -153,6 +162,13 @@ def _tables(figures: Figures) -> str:
         ]
         for key, kinds in split.items():
             lines += _row(_name(key), (f"{ms:.1f}" for ms in kinds.values()))
+    if successors := figures.successors():
+        head = "pictures as text, without a loader"
+        lines += ["", *_row(head, [*SUCCESSORS_COLUMNS, "÷ Trainer"], head=True)]
+        for key in successors:
+            cells = [figures.cell(key, *_column(name)) for name in SUCCESSORS_COLUMNS]
+            ratio = figures.ratio(key, f"{key}-trainer")
+            lines += _row(_name(key), [*cells, "-" if ratio is None else f"{ratio:.1f}"])
     if recipes := figures.arms(recipe=True):
         columns = ["steps", "seconds", "evaluations"]
         lines += ["", *_row("whole recipe, loading of the base excluded", columns, head=True)]
@@ -175,6 +191,8 @@ def _tables(figures: Figures) -> str:
 
 
 def _name(key: str) -> str:
+    if ARMS[key].model:
+        return ARMS[key].what
     mixed = ", mixed" if ARMS[key].rows == "mixed" else ""
     return f"({key.partition('-')[0]}) {ARMS[key].what}{mixed}"
 
@@ -238,6 +256,8 @@ def summary(contents: list[dict[str, Any]]) -> str:
 
 
 def _column(name: str) -> tuple[str, ...]:
+    if name == "estimate of it":
+        return ".0%", "estimate_of_peak"
     form, path = COLUMNS[name]
     return form, *path
 

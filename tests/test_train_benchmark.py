@@ -1,5 +1,6 @@
 """The training benchmark: every arm runs small, its arithmetic is right, its tables are written."""
 
+import copy
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from random_model import configuration
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.order import Windows
 from idefics_qlora.data.rows import RowReader
-from idefics_qlora.families import FAMILIES
+from idefics_qlora.families import FAMILIES, family_of_config
 
 SCRIPT = Path(train.__file__)
 RESULTS = sorted((SCRIPT.parent / "results").glob("*.json"))
@@ -85,6 +86,10 @@ def test_every_arm_runs_small(results):
             assert len(record["evaluations"]) == 2
         if not arm.trainer:
             assert (record["micro_batches"] is not None) == arm.fast
+        if arm.model and not arm.trainer:
+            assert record["tiles"] == 5
+            assert record["text_tokens"] > 5 * 4
+            assert record["estimate_of_peak"] > 0
     assert 0 < records["a-mixed"]["padding_share"] < 1
     absent = {key for key, record in records.items() if "not_available" in record}
     assert absent == {"b-bf16"}
@@ -266,6 +271,21 @@ def test_both_sides_see_the_same_rows_in_the_same_order(processor, tmp_path):
     )
     drawn = [rows.drawn[row] for w in range(2) for _, row in windows.positions(w)]
     assert [id(example) for example in drawn] == [id(example) for example in rows.in_order]
+
+
+@pytest.mark.parametrize("name", train_arms.SUCCESSORS)
+def test_successors_at_full_size_have_the_benchmarks_tiles(name, bases, tmp_path):
+    """Their processors cut its pictures as the published ones do."""
+    config, arm = train_arms.SUCCESSORS[name].configuration(), train_arms.ARMS[name.lower()]
+    processor = copy.deepcopy(bases(config.model_type)[1])
+    train_arms.at_full_size(name, config, processor)
+    bench = train_arms.Bench("9b", torch.device("cpu"), num_workers=0)
+    assert family_of_config(config).why_not(config, processor) == ""
+    rows = train_arms.Rows(arm, bench.size_of(arm), 16, processor, tmp_path)
+    tokens_of_a_tile = {"SmolVLM2-2.2B": 81, "Idefics3-8B": 169}.get(name, 64)
+    tiles = 1 if name == "Idefics2-8B" else 13
+    assert set(rows.num_images) == {tiles}
+    assert 95 < min(rows.num_tokens) - tiles * tokens_of_a_tile < 400
 
 
 def test_operations_are_counted_by_the_formula():

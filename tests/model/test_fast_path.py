@@ -373,7 +373,7 @@ def test_pictures_are_few_shapes():
 def test_images_that_pad_are_not_looked_at(base, processor, cards, padding):
     """Of examples with 3, 1, 0 and 1 images, vision sees five, or as many more as a shape has, and
     loss and gradient are the model's own, with adapters on vision and on what it is asked by."""
-    pictures = [card["image"] for card in cards[5:10]]
+    pictures = [card["image"].resize((60 + 20 * n, 80)) for n, card in enumerate(cards[5:10])]
     prompts = [[*pictures[:3], "Three?"], [pictures[3], "One?"], ["None?"], [pictures[4], "One?"]]
     examples = [iq.Example(prompt, " It is. It is.") for prompt in prompts]
     batch = Collator(processor)(examples)
