@@ -132,7 +132,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     flag("learning-rate", 2e-4, "peak learning rate")
     flag("lr-scheduler-type", "linear", "decay", choices=["linear", "cosine", "constant"])
     flag("warmup-steps", 0, "optimizer steps of warm-up")
-    flag("precision", "fp16", "arithmetic", choices=["fp16", "bf16", "fp32"])
+    flag("precision", "auto", "arithmetic", choices=["auto", "fp16", "bf16", "fp32"])
     flag("gradient-checkpointing", False, "save memory, cost time", action="store_true")
     flag("logging-steps", 20, "optimizer steps between log records")
     flag("eval-steps", 20, "optimizer steps between evaluations")

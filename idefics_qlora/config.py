@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 Precision = Literal["fp16", "bf16", "fp32"]
+AskedPrecision = Literal["auto", "fp16", "bf16", "fp32"]
 Optim = Literal["paged_adamw_8bit", "adamw_torch"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"]
 DecayType = Literal["linear", "cosine", "1-sqrt"]
@@ -67,7 +68,7 @@ OTHER_NAMES = {
     "save_strategy": "save_steps",
     "logging_strategy": "logging_steps",
     "logging_dir": "output_dir; or train(..., on_log=...)",
-    "fp16": "precision='fp16' (the default), 'bf16' or 'fp32'",
+    "fp16": "precision='fp16', 'bf16' or 'fp32'; 'auto' by default",
     "bf16": "precision='bf16'",
     "num_epochs": "num_train_epochs",
     "epochs": "num_train_epochs",
@@ -438,15 +439,17 @@ class TrainConfig:
 
     # --- precision ----------------------------------------------------------------------------
 
-    precision: Precision = "fp16"
+    precision: AskedPrecision = "auto"
     """Arithmetic of forward and backward: ``fp16`` (autocast + gradient scaling), ``bf16``
-    (autocast) or ``fp32``. Adapter weights and optimizer arithmetic are fp32 in every case."""
+    (autocast) or ``fp32``. ``auto``: that of the run which is continued, or what the base's makers
+    trained in: fp16 for IDEFICS, bf16 for Idefics2, Idefics3 and SmolVLM (fp16 on a GPU before
+    Ampere). Adapter weights and optimizer arithmetic are fp32 in every case."""
 
     optim: Optim = "paged_adamw_8bit"
     """``paged_adamw_8bit`` (bitsandbytes) or ``adamw_torch`` (fp32 states)."""
 
     def _precision_problems(self) -> Iterator[str]:
-        yield from _no_choice(self, precision=Precision, optim=Optim)
+        yield from _no_choice(self, precision=AskedPrecision, optim=Optim)
 
     # --- evaluation ---------------------------------------------------------------------------
 

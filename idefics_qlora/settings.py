@@ -342,8 +342,9 @@ class Told:
         name, _ = load_config(base_of(self.values["model.base"]), self.values["model.revision"])
         return AutoProcessor.from_pretrained(name, revision=self.values["model.revision"])
 
-    def _dtype(self) -> torch.dtype:
-        return DTYPES[self.values["train.precision"]]
+    def _dtype(self) -> torch.dtype | None:
+        """``None``: as the base's family has it."""
+        return DTYPES.get(self.values["train.precision"])
 
     def _made(self, section: str, kind: type, errors: type[Exception]) -> Any:
         try:

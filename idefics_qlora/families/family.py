@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from idefics_qlora.config import Precision
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
@@ -153,6 +155,7 @@ class Family(ABC):
         lora_targets: Modules that get adapters by default.
         makers_lora: Arguments of the ``peft.LoraConfig`` that the makers published for fine-tuning;
             ``None`` if there is none.
+        precision: What the makers trained in.
         head_on_targets: Whether the model's own pass computes logits for targets alone.
     """
 
@@ -163,6 +166,7 @@ class Family(ABC):
     not_quantized: tuple[str, ...]
     lora_targets: tuple[str, ...]
     makers_lora: Mapping[str, Any] | None = None
+    precision: Precision = "bf16"
     head_on_targets: bool = True
 
     @property

@@ -41,6 +41,7 @@ class Idefics(Family):
     parts = ("vision tower", "perceiver", "cross-attention", "text layers")
     not_quantized = ("lm_head", "embed_tokens")
     lora_targets = ("q_proj", "k_proj", "v_proj")
+    precision = "fp16"
     head_on_targets = False  # as in version 0.1, to the bit
 
     def model_class(self) -> type[IdeficsForVisionText2Text]:

@@ -6,7 +6,7 @@ The dtype policy, kept by :func:`load_model` and :func:`set_compute_dtype`:
 every ``Linear`` of the vision tower, perceiver,      NF4 with double quantisation (uint8
 cross-attention and text layers                       storage), computing in the compute dtype;
                                                       on request dequantised to it once for all
-``embed_tokens``, ``lm_head``, norms, biases, gates,  the compute dtype (fp16 by default)
+``embed_tokens``, ``lm_head``, norms, biases, gates,  the compute dtype
 patch and position embeddings, latents
 LoRA matrices                                         fp32
 ====================================================  =========================================
@@ -57,7 +57,7 @@ from idefics_qlora.model.base_weights import (
     unnest_if_small,
 )
 from idefics_qlora.model.cpu import prepare_for_cpu
-from idefics_qlora.model.precision import set_compute_dtype
+from idefics_qlora.model.precision import DTYPES, default_precision, set_compute_dtype
 from idefics_qlora.model.saved_base import Origin, is_hub_id, is_packed, no_manifest, verify_base
 from idefics_qlora.progress import waiting_for, way_of
 
@@ -69,7 +69,7 @@ def load_model(
     *,
     quantize: bool = True,
     base_weights: BaseWeights = "4bit",
-    compute_dtype: torch.dtype = torch.float16,
+    compute_dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
     longest_edge: int | None = None,
@@ -89,6 +89,8 @@ def load_model(
             much. With ``"4bit"`` a GPU keeps the scales of the weights in fp32 if that takes at
             most a twentieth of its free memory (0.4 GB for idefics-9b; the weights are the same).
         compute_dtype: Arithmetic of the quantised layers and dtype of all that is not quantised.
+            ``None``: what the makers trained in, fp16 for IDEFICS and bf16 for its successors
+            (fp16 on a GPU before Ampere).
         device: Where the model lives; by default the first GPU if there is one, else the CPU.
         revision: Branch, tag or commit of a Hub id.
         longest_edge: Pixels of the longest side to which the processor resizes each picture, of
@@ -123,6 +125,8 @@ def load_model(
             "base_weights='dequantized', for others the base that it was made of"
         )
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    if compute_dtype is None:
+        compute_dtype = DTYPES[default_precision(family, device)]
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -28,7 +28,7 @@ from peft import LoraConfig, PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
-from idefics_qlora.config import Optim, Precision, check_choice, check_whole
+from idefics_qlora.config import AskedPrecision, Optim, Precision, check_choice, check_whole
 from idefics_qlora.families import family_of_config
 from idefics_qlora.model.base_weights import BaseWeights, check_base_weights, linear4bit_layers
 from idefics_qlora.model.graphs import FastPath
@@ -216,7 +216,7 @@ def estimate_memory(
     micro_batch: int = 2,
     gradient_checkpointing: bool = False,
     fast: bool = True,
-    precision: Precision = "fp16",
+    precision: AskedPrecision = "auto",
     quantize: bool = True,
     base_weights: BaseWeights = "4bit",
     nested_constants: bool = False,
@@ -238,7 +238,7 @@ def estimate_memory(
         gradient_checkpointing: Whether layers are recomputed. The estimate answers for both.
         fast: As in ``TrainConfig``: a model that cannot go the fast way is estimated as it is
             computed then, layer by layer.
-        precision: As in ``TrainConfig``.
+        precision: As in ``TrainConfig``; ``auto`` for what the makers trained in.
         quantize: As in ``load_model``.
         base_weights: As in ``load_model``.
         nested_constants: Whether the scales of 4-bit weights are quantised themselves, as
@@ -258,11 +258,13 @@ def estimate_memory(
     """
     check_whole(text_tokens=text_tokens, micro_batch=micro_batch)
     check_whole(0, images=images)
-    check_choice("precision", precision, Precision)
+    check_choice("precision", precision, AskedPrecision)
     check_choice("optim", optim, Optim)
     check_choice("base_weights", base_weights, BaseWeights)
     check_base_weights(base_weights, quantize)
     config = _configuration(checkpoint, revision)
+    if precision == "auto":
+        precision = family_of_config(config).precision
     dtype = DTYPES[precision]
     with waiting_for("estimating memory"):
         model = model_on_meta(config, dtype, quantize and base_weights == "4bit", lora, train_parts)
@@ -359,7 +361,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument(
         "--slow", dest="fast", action="store_false", help="through the model's own layers"
     )
-    parser.add_argument("--precision", choices=get_args(Precision), default="fp16")
+    parser.add_argument("--precision", choices=get_args(AskedPrecision), default="auto")
     parser.add_argument("--base-weights", choices=get_args(BaseWeights), default="4bit")
     parser.add_argument("--revision", help="of a Hub checkpoint")
 

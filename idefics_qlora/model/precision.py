@@ -12,10 +12,18 @@ from peft import (
 )
 from torch.nn import Parameter
 
-from idefics_qlora.families.family import Model
+from idefics_qlora.config import Precision
+from idefics_qlora.families.family import Family, Model
 from idefics_qlora.model.base_weights import linear4bit_layers
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def default_precision(family: Family, device: torch.device) -> Precision:
+    """What a family's makers trained in; fp16 on a GPU whose bf16 is emulated."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "fp16"
+    return family.precision
 
 
 def check_finite(parameters: Mapping[str, Parameter], way_out: str) -> None:

@@ -28,7 +28,7 @@ from idefics_qlora.durable import (
     sync_folder,
     write_synced,
 )
-from idefics_qlora.families import check_model_and_processor
+from idefics_qlora.families import check_model_and_processor, family_of
 from idefics_qlora.families.family import Processor
 from idefics_qlora.machine import library_versions
 from idefics_qlora.model.base_weights import linear4bit_layers
@@ -140,7 +140,8 @@ def _check_base(model: PreTrainedModel) -> None:
             "the model is not in 4 bits as load_model leaves it: load it without quantize=False "
             "and base_weights='dequantized', and save that"
         )
-    if compute_dtype(model) == torch.bfloat16:
+    # What was trained in bf16 loses nothing by it.
+    if compute_dtype(model) == torch.bfloat16 and family_of(model).precision != "bf16":
         raise ValueError(
             "the model's unquantised parts are rounded to bfloat16, which would pass for another "
             "base in fp16: load it with compute_dtype=torch.float16 and save that; it can be "

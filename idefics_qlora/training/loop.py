@@ -33,6 +33,7 @@ from idefics_qlora.training.inputs import check_inputs
 from idefics_qlora.training.optim import lr_at
 from idefics_qlora.training.parts import rng_tensors
 from idefics_qlora.training.result import TrainResult
+from idefics_qlora.training.resume import settled
 from idefics_qlora.training.run import Run
 from idefics_qlora.training.state import TrainState
 from idefics_qlora.training.window_pass import window_backward
@@ -98,7 +99,7 @@ def train(
         seeded(config.seed, next(model.parameters()).device),  # dropout
         ExitStack() as cleanup,
     ):
-        run = Run(inputs, folder, on_log, stop, background, cleanup)
+        run = Run(settled(inputs, folder), folder, on_log, stop, background, cleanup)
         state = run.state
         with run.incoming.windows() as windows:
             if state.finished_step < state.global_step:  # the run broke off while it did this

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from idefics_qlora.checkpoint import (
+    STATE,
     Snapshot,
     check_step,
     checkpoint_path,
@@ -23,11 +25,14 @@ from idefics_qlora.checkpoint import (
     save_checkpoint,
     set_aside,
 )
-from idefics_qlora.config import TrainConfig
+from idefics_qlora.config import Precision, TrainConfig, check_choice
 from idefics_qlora.durable import CheckpointError
+from idefics_qlora.families import family_of
 from idefics_qlora.machine import COMPUTING, environment
 from idefics_qlora.model.adapters import adapter_config
 from idefics_qlora.model.base import same_base
+from idefics_qlora.model.precision import default_precision
+from idefics_qlora.training.inputs import Inputs
 from idefics_qlora.training.optim import lr_at
 from idefics_qlora.training.saving import checked
 from idefics_qlora.training.state import TrainState, new_run
@@ -74,6 +79,29 @@ def checkpoints_to_resume(config: TrainConfig, output_dir: Path) -> list[Path]:
             f"{str(folder.parent)!r} has {', '.join(there) or 'no checkpoints'}"
         )
     return [folder]
+
+
+def settled(inputs: Inputs, folder: Path) -> Inputs:
+    """The inputs, with what ``precision="auto"`` comes to.
+
+    Raises:
+        ValueError: As :func:`checkpoints_to_resume`.
+    """
+    config = inputs.config
+    if config.precision != "auto":
+        return inputs
+    precision: Precision | None = None
+    for checkpoint in reversed(checkpoints_to_resume(config, folder)):
+        with suppress(OSError, LookupError, TypeError, ValueError):  # told of by ``resume``
+            precision = json.loads((checkpoint / STATE).read_text())["config"]["precision"]
+            check_choice("precision", precision, Precision)
+            break
+    else:
+        device = next(inputs.model.parameters()).device
+        precision = default_precision(family_of(inputs.model), device)
+    assert precision is not None
+    logger.info("precision='auto': %s", precision)
+    return replace(inputs, config=replace(config, precision=precision))
 
 
 def resume(state: TrainState, folder: Path) -> Path | None:
