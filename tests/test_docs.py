@@ -268,3 +268,20 @@ def test_every_recipe_is_a_whole_program(page):
     assert {info for info, _ in programs} <= {"python", "python files"}
     assert "import idefics_qlora as iq" in programs[0][1]
     assert "iq.train(" in programs[0][1]
+
+
+def heading_names(path):
+    """The names that headings of a page have in links."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [path.name for path in ROOT.glob("*.md")])
+def test_links_of_the_repository_lead_somewhere(page):
+    """Those of the pages beside the site, such as the README; a test of the site has its own."""
+    for target, name in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", PAGES[page].read_text("utf-8")):
+        if target.startswith("https://"):
+            continue
+        there = ROOT / target if target else PAGES[page]
+        assert there.exists(), target
+        assert not name or name in heading_names(there), f"{target}#{name}"

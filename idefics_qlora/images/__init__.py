@@ -1,4 +1,7 @@
-"""Pictures: from a path, URL or bytes to RGB pixels; knows nothing of models or rows."""
+"""From a path, URL or bytes to the RGB pixels of a picture.
+
+Knows nothing of models or rows.
+"""
 
 from idefics_qlora.images.access import BadImage, ImageAccess
 from idefics_qlora.images.cropping import full_image, random_crop

@@ -1,4 +1,4 @@
-"""The embedded default: a small pre-trained IDEFICS and creature cards to fine-tune it on.
+"""The embedded default: a small pre-trained base, and drawn cards.
 
     model, processor = idefics_qlora.tiny.load_model()
     rows = idefics_qlora.tiny.creature_cards(512, seed=0)
