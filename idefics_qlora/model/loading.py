@@ -33,6 +33,7 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
+    modeling_utils,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -135,7 +136,7 @@ def load_model(
         llm_int8_skip_modules=list(family.not_quantized),
     )
     try:
-        with _showing(f"loading {name}"):
+        with _showing(f"loading {name}"), _reading_piece_by_piece():
             model, info = family.model_class().from_pretrained(
                 name,
                 revision=revision,
@@ -202,6 +203,25 @@ def _showing(what: str) -> Iterator[None]:
     finally:
         if has_bar:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _reading_piece_by_piece() -> Iterator[None]:
+    """Read a weight when its turn comes.
+
+    ``transformers`` maps all files into memory, which in the end hold as much of it as the base has
+    in 16 bits, and on a CPU, where the weights that stay in 16 bits go on lying there, for good.
+    """
+    opened = modeling_utils.safe_open
+
+    def unmapped(file: Any, **options: Any) -> Any:
+        return opened(file, **options | ({"backend": "pread"} if "backend" in options else {}))
+
+    modeling_utils.safe_open = unmapped
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = opened
 
 
 def _other_weights(name: str, model_type: str, how: str) -> ValueError:
