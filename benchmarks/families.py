@@ -3,8 +3,8 @@
     python benchmarks/families.py
 
 Estimated from the configurations of ``published.py``; neither weights nor a GPU are needed. One
-example has one picture of 640 x 480 pixels and 100 tokens of text beside it, bf16, the default
-adapter, a micro-batch of 1.
+example has one picture of 640 x 480 pixels and 100 tokens of text beside it; the makers' precision,
+the default adapter, a micro-batch of 1.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ def peaks(name: str, quantize: bool) -> str:
         images=tiles,
         text_tokens=tokens + TEXT_TOKENS,
         micro_batch=1,
-        precision="bf16",
         quantize=quantize,
     )
     kept, recomputed = (estimate.peak(1, again) / 2**30 for again in (False, True))
