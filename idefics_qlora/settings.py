@@ -13,6 +13,7 @@ from types import NoneType
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 from peft import LoraConfig
 from transformers import AutoProcessor
@@ -22,6 +23,7 @@ from idefics_qlora.data.captions import QUESTION, Captions
 from idefics_qlora.data.files import load_rows
 from idefics_qlora.evaluation.metrics import BY_NAME
 from idefics_qlora.evaluation.predictions import Metric, metric_problems
+from idefics_qlora.families import family_of_config
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.adapters import RECIPE
 from idefics_qlora.model.base_weights import BaseWeights
@@ -49,6 +51,9 @@ class ModelSettings:
 
     device: str | None = None
     """``cuda:0``, ``cpu``, ...; left out: the first GPU if there is one."""
+
+    longest_edge: int | None = None
+    """Pixels of a picture's longest side (Idefics3 and SmolVLM); left out: the base's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,11 +263,28 @@ class Told:
 
     def question(self) -> str:
         """The text behind a picture that is no row."""
-        name = "question" if self.values["question"] is not None else "data.question"
-        question: str = self.values[name] or QUESTION
+        field = "has a field, and a picture alone has no columns: pass --question"
+        for name in ("question", "data.question"):
+            if question := self.values[name]:
+                if "{" in question:
+                    self._note(name, field)
+                return str(question)
+        question = self._question_of_run() or QUESTION
         if "{" in question:
-            self._note(name, "has a field, and a picture alone has no columns: pass --question")
+            self.problems.append(f"the question of the adapter's run, {question!r}, {field}")
         return question
+
+    def _question_of_run(self) -> str | None:
+        """The question that the adapter was trained with, if its run's folder tells."""
+        if (adapter := self.values["adapter"]) is None:
+            return None
+        folder = Path(adapter).expanduser()
+        for place in (folder, folder.absolute().parent):  # a run's folder, a checkpoint of it
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+                settings = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+                if isinstance(question := settings["data"]["question"], str):
+                    return question
+        return None
 
     def rows(self, name: str) -> Any:
         """The rows that ``data.train`` or ``data.eval`` names."""
@@ -332,15 +354,22 @@ class Told:
         base, adapter = values.pop("base"), self.values["adapter"]
         if adapter is None:
             return self.base()
-        if values["revision"] is None:  # the adapter knows
-            values.pop("revision")
+        for name in ("revision", "longest_edge"):
+            if values[name] is None:  # the adapter knows
+                values.pop(name)
         base = None if base is None else base_of(base)
         return load_finetuned(adapter, base=base, **values, compute_dtype=self._dtype())
 
     def processor(self) -> Any:
         """The base's processor, without its weights."""
-        name, _ = load_config(base_of(self.values["model.base"]), self.values["model.revision"])
-        return AutoProcessor.from_pretrained(name, revision=self.values["model.revision"])
+        base, revision, edge = (
+            self.values[f"model.{name}"] for name in ("base", "revision", "longest_edge")
+        )
+        name, config = load_config(base_of(base), revision)
+        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        if edge is not None:
+            family_of_config(config, name).set_longest_edge(processor, edge)
+        return processor
 
     def _dtype(self) -> torch.dtype | None:
         """``None``: as the base's family has it."""

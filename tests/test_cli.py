@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import without_clocks
 from PIL import Image
 
 import idefics_qlora as iq
 from idefics_qlora import cli
+from idefics_qlora.data.captions import QUESTION
 from idefics_qlora.evaluation.metrics import BY_NAME
 from idefics_qlora.settings import MetricName, sections
 
@@ -338,6 +340,66 @@ def test_rows_and_templates(here, capsys):
     hf = ["--data.train", f"hf:{here / 'photos'}:train", "--output", "hf.html"]
     assert cli.main([*command, *hf]) == 0
     assert Path("hf.html").read_text().count("<img") == page.count("<img") == 1
+
+
+def test_the_folder_of_a_run_is_a_configuration(here, capsys):
+    """`config.yaml` of a run has templates and metrics too: with rows it trains the same again, and
+    `generate --adapter` asks what was asked in training, not something else."""
+    Path("photos").mkdir()
+    rows = [["file_name", "text"]]
+    for card in iq.tiny.creature_cards(4, seed=0):
+        card["image"].save(f"photos/{card['id']}.png")
+        rows.append([f"{card['id']}.png", card["name"]])
+    Path("photos/metadata.csv").write_text("\n".join(map(",".join, rows)))
+    data = '{train: photos, eval: photos, question: "What is it?", answer: " {text}"}'
+    text = RUN.replace("{train: tiny, eval: tiny}", data) + "metrics: chrf\n"
+    Path("run.yaml").write_text(text)
+    assert cli.main(["train", "--config", "run.yaml"]) == 0
+    settings = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert settings["data"] == {"answer": " {text}", "question": "What is it?"}
+    assert settings["metrics"] == ["chrf"]
+    again = ["--data.train", "photos", "--data.eval", "photos", "--train.output_dir", "again"]
+    assert cli.main(["train", "--config", "run/config.yaml", *again]) == 0
+    first, second = (
+        without_clocks(map(json.loads, Path(run, "log.jsonl").read_text().splitlines()))
+        for run in ("run", "again")
+    )
+    assert first == second
+
+    def texts(*options):
+        capsys.readouterr()
+        command = ["generate", "--adapter", "run/checkpoint-2", "photos", "--max_new_tokens", "5"]
+        assert cli.main([*command, *options]) == 0
+        return capsys.readouterr().out
+
+    assert texts() == texts("--question", "What is it?") != texts("--question", QUESTION)
+    Path("run/config.yaml").write_text("data: {question: 'What {kind} is it?'}")
+    (problem,) = problems_of(capsys, "generate", "--adapter", "run", "photos")
+    assert problem.startswith(
+        "the question of the adapter's run, 'What {kind} is it?', has a field"
+    )
+
+
+def test_the_longest_edge_is_a_setting(here, capsys, bases):
+    """What a picture costs is previewed as it will be trained; a run's adapter brings it along."""
+    base = bases("smolvlm")[0].name_or_path
+    preview = ["preview", "--data.train", "tiny", "--rows", "[0]", "--model.base"]
+    numbers = []
+    for edge in ("null", "64"):
+        assert cli.main([*preview, base, "--model.longest_edge", edge]) == 0
+        numbers.append(int(re.search(r"row 0: (\d+) tokens", capsys.readouterr().out)[1]))
+    assert numbers[1] < numbers[0]
+    (problem,) = problems_of(capsys, *preview, "tiny", "--model.longest_edge", "64")
+    assert problem.startswith("longest_edge=64: pictures of 'idefics' models have one size")
+    small = ["--config", "run.yaml", "--model.base", base, "--model.longest_edge", "64"]
+    assert cli.main(["train", *small, "--train.max_steps", "1"]) == 0
+    capsys.readouterr()
+    assert (
+        cli.main(["evaluate", "--config", "run.yaml", "--adapter", "run", "--model.base", base])
+        == 0
+    )
+    loss = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])["eval_loss"]
+    assert json.loads(capsys.readouterr().out)["eval_loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_memory(capsys):

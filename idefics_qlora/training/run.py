@@ -130,7 +130,7 @@ class Run:
         self.progress = cleanup.enter_context(shown)
         self._clock = Clock(self.state)
         self.saving = Saving(self.state, folder, self._clock, stop, background)
-        self._files = RunFiles(folder, self.state)
+        self._files = RunFiles(folder, self.state, inputs)
         trackers = Trackers(folder, self.state)
         cleanup.callback(trackers.close)
         told = (self.progress, self._files, trackers), on_log

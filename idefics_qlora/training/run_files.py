@@ -1,7 +1,7 @@
 """Files by which a run's folder explains itself, to people and to programs without this library.
 
 ========================  =====================================================================
-``config.yaml``           the settings: base, adapter, training
+``config.yaml``           the settings: base, adapter, templates, training
 ``environment.json``      the machine and the versions of libraries
 ``log.jsonl``             every log record, one a line, without samples
 ``samples.jsonl``         what the model said of the samples, a line for each at each evaluation
@@ -27,6 +27,7 @@ from peft import LoraConfig
 
 from idefics_qlora.checkpoint import point_to
 from idefics_qlora.config import TrainConfig
+from idefics_qlora.data.captions import Captions
 from idefics_qlora.durable import (
     CheckpointError,
     json_bytes,
@@ -34,8 +35,11 @@ from idefics_qlora.durable import (
     read_whole,
     write_whole,
 )
+from idefics_qlora.evaluation.metrics import BY_NAME
+from idefics_qlora.images.access import DEFAULT_ACCESS
 from idefics_qlora.machine import environment
-from idefics_qlora.model.adapters import adapter_config
+from idefics_qlora.model.adapters import RECIPE, adapter_config
+from idefics_qlora.training.inputs import Inputs
 from idefics_qlora.training.result import TrainResult
 from idefics_qlora.training.state import TrainState
 
@@ -58,9 +62,10 @@ class RunFiles:
     Args:
         folder: ``output_dir``, resolved.
         state: Has the history.
+        inputs: Those of the run.
     """
 
-    def __init__(self, folder: Path, state: TrainState) -> None:
+    def __init__(self, folder: Path, state: TrainState, inputs: Inputs) -> None:
         self._folder = folder
         self._is_told: set[str] = set()
         logged, said = b"", b""
@@ -68,7 +73,7 @@ class RunFiles:
             line, samples = _lines(record)
             logged += line
             said += samples
-        self._write("config.yaml", config_yaml(state).encode())
+        self._write("config.yaml", config_yaml(state, inputs).encode())
         self._write("environment.json", json_bytes(environment()))
         self._write(LOG, logged)
         if said or (folder / SAMPLES).exists():
@@ -116,10 +121,12 @@ class RunFiles:
             self._is_told.add(name)
 
 
-def config_yaml(state: TrainState) -> str:
+def config_yaml(state: TrainState, inputs: Inputs) -> str:
     """The settings of a run, in the sections of a configuration file of the command line.
 
-    Of the adapter's there are those that differ from ``peft``'s defaults.
+    Of the adapter's there are those of the recipe, which are the command line's defaults, and those
+    that differ from ``peft``'s; of the rows the templates of ``Captions`` and what may be opened;
+    of metrics those of ours. Rows and functions of the user's own have no name to be known by.
     """
     config: TrainConfig = state.config
     adapter = adapter_config(state.model)
@@ -130,11 +137,26 @@ def config_yaml(state: TrainState) -> str:
         "lora": {
             name: value
             for name, value in adapter.items()
-            if name not in _OF_PEFT and value != plain.get(name)
+            if name in RECIPE or (name not in _OF_PEFT and value != plain.get(name))
         },
+        "data": _data(inputs),
         "train": json.loads(json.dumps(config.to_json())),
+        "metrics": [name for name, metric in inputs.metrics.items() if BY_NAME.get(name) is metric],
     }
+    sections = {name: section for name, section in sections.items() if section}
     return str(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
+
+
+def _data(inputs: Inputs) -> dict[str, Any]:
+    reader, data = inputs.reader, {}
+    if isinstance(captions := reader.to_example, Captions):
+        for name in ("answer", "question", "image"):
+            if (value := getattr(captions, name)) is not None:
+                data[name] = value
+    access, usual = asdict(reader.collator.access), asdict(DEFAULT_ACCESS)
+    if other := {name: value for name, value in access.items() if value != usual[name]}:
+        data["access"] = json.loads(json.dumps(other, default=str))
+    return data
 
 
 def _lines(record: Mapping[str, Any]) -> tuple[bytes, bytes]:
