@@ -329,7 +329,9 @@ def _fields(command: str) -> dict[str, Field]:
             "adapter": adapter,
             "question": Field(str | None, None, "Text behind each picture; else data.question"),
             "max_new_tokens": max_new_tokens,
-            "batch_size": Field(int, 8, "Pictures in one batch"),
+            "batch_size": Field(
+                int | Literal["auto"], 8, "Pictures in one batch; auto: as many as fit"
+            ),
             "output": Field(str | None, None, "A new file; left out: printed"),
             "format": Field(
                 Literal["jsonl", "csv"] | None, None, "Left out: by output's ending, else jsonl"

@@ -326,10 +326,11 @@ class Told:
             self._note("adapter", "is no folder: expected a run's, or a checkpoint-N of it")
 
     def check_whole(self, *names: str) -> None:
-        """See that numbers are at least 1."""
+        """See that numbers are at least 1, where they are numbers."""
         for name in names:
             try:
-                check_whole(**{name: self.values[name]})
+                if self.values[name] != "auto":
+                    check_whole(**{name: self.values[name]})
             except ValueError as error:
                 where = f"{self.given[name].where}: " if name in self.given else ""
                 self.problems.append(f"{where}{error}")

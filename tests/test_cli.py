@@ -252,7 +252,7 @@ def test_train_evaluate_and_generate(here, capsys):
         card["image"].save(name)
     Path("folder/metadata.csv").write_text("no picture")
     Path("folder/broken.png").write_bytes(b"no picture")
-    few = ["--max_new_tokens", "5", "--batch_size", "2"]
+    few = ["--max_new_tokens", "5", "--batch_size", "auto"]
     pictures = ["photo.png", "folder", "more/*.png", "gone.png"]
     assert cli.main(["generate", "--adapter", "run/checkpoint-1", *pictures, *few]) == 0
     told = capsys.readouterr()

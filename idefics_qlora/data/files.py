@@ -59,12 +59,14 @@ def load_rows(
     if len(metadata) > 1:
         raise ValueError(f"{path} has both {' and '.join(METADATA)}: pass the one that is meant")
     file = metadata[0] if metadata else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
     if file.suffix not in READERS:
         raise ValueError(
             f"{path}: expected a folder, or a file that ends in {' or '.join(READERS)}"
         )
     if not file.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
+        raise FileNotFoundError(f"{path}: expected a folder or a file")
     access = replace(access, folder=Path(access.folder or file.parent).expanduser().resolve())
     rows = []
     for place, row in READERS[file.suffix](file):

@@ -78,6 +78,11 @@ class RowReader:
         collator: Collator,
         once: bool = False,
     ) -> None:
+        if isinstance(rows, (str, bytes, os.PathLike)):
+            raise TypeError(
+                f"{name}={rows!r:.80} is no rows: expected a list or the like; rows that a folder "
+                "or a file holds are read by load_rows(path)"
+            )
         if hasattr(rows, "iloc"):  # a table of pandas, whose own items are columns
             rows = FrameRows(rows)
         self.is_stream = not isinstance(rows, NumberedRows) and (
@@ -91,7 +96,8 @@ class RowReader:
         if not self.is_stream and not isinstance(rows, NumberedRows):
             raise TypeError(
                 f"{name} is a {type(rows).__name__}: expected a sequence of rows with a length, "
-                "such as a list or a datasets.Dataset, or a datasets.IterableDataset"
+                "such as a list or a datasets.Dataset, or a datasets.IterableDataset; of a single "
+                "row, a list"
             )
         if isinstance(rows, NumberedRows) and len(rows) == 0:
             raise ValueError(f"{name} is empty: there is no row to learn or to evaluate")

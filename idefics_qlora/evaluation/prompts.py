@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -58,6 +60,12 @@ def loading_prompts(
     are_prompts = isinstance(rows, (list, tuple)) and to_example is None
     if are_prompts and isinstance(rows[0], (Mapping, Example)):  # type: ignore[index]
         are_prompts = False
+    items = (str, bytes, os.PathLike, Image)
+    if isinstance(rows, (list, tuple)) and are_prompts and all(isinstance(r, items) for r in rows):
+        raise ValueError(
+            f"prompts={rows!r:.80}: expected a list of prompts, each a list of images and texts; "
+            'one alone is passed as [[image, "Question: ... Answer:"]]'
+        )
     name = "prompts" if are_prompts else "rows"
     reader = RowReader(rows, name, to_example, collator, once=True)
     if num_workers == "auto":

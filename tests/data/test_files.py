@@ -124,6 +124,8 @@ def test_metadata_must_be_there_once(folder):
         (folder / name).touch()
     with pytest.raises(ValueError, match="both metadata.jsonl and metadata.csv"):
         iq.load_rows(folder)
+    with pytest.raises(FileNotFoundError, match="gone: there is no such file or folder"):
+        iq.load_rows(folder / "gone")
     with pytest.raises(FileNotFoundError, match="no such file"):
         iq.load_rows(folder / "other.jsonl")
 

@@ -1,7 +1,10 @@
 """Texts from a model."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
 import idefics_qlora as iq
 from idefics_qlora.families.idefics import AROUND_IMAGE, IMAGE_TOKEN
@@ -111,7 +114,9 @@ def test_modes_are_restored(lora, processor, picture):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (["What?"], r"prompts\[0\]: prompt='What\?': expected a list"),
+        (["What?", ["fine"]], r"prompts\[0\]: prompt='What\?': expected a list"),
+        ([Image.new("RGB", (9, 9)), "What?"], r"one alone is passed as \[\[image, "),
+        (["a.png", Path("b.png")], r"prompts=\['a.png', .*: expected a list of prompts, each a l"),
         ([["fine"], []], r"prompts\[1\]: prompt=\[\] is empty"),
         ([[{"path": "no.png"}]], r"'no.png' of prompts\[0\]: there is no such file"),
     ],
@@ -120,6 +125,14 @@ def test_bad_prompts_are_named(base, processor, prompts, message):
     """The error says which prompt."""
     with pytest.raises(ValueError, match=message):
         iq.generate(base, processor, prompts)
+
+
+@pytest.mark.parametrize("rows", ["photos", Path("photos")])
+def test_a_path_is_no_rows(base, processor, rows):
+    """Its letters are not taken for rows; what reads a folder is named."""
+    for use in (iq.evaluate, iq.generate):
+        with pytest.raises(TypeError, match="'?photos.* is no rows: .* read by load_rows"):
+            use(base, processor, rows)
 
 
 @pytest.mark.parametrize(
