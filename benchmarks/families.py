@@ -15,6 +15,7 @@ from typing import NamedTuple
 from published import PUBLISHED
 
 import idefics_qlora as iq
+from idefics_qlora.families import FAMILIES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 BEGIN, END = "<!-- written by benchmarks/families.py -->", "<!-- end of what it wrote -->"
@@ -43,8 +44,9 @@ PICTURES = {
 def main() -> None:
     """Write the table into the page."""
     lines = [
-        "| base | parameters | a picture: tiles, tokens | 4 bits, GiB | 16 bits, GiB | licence |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| base | parameters | a picture: tiles, tokens | 4 bits, GiB | 16 bits, GiB | licence "
+        "| precision |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, base in PUBLISHED.items():
         picture = PICTURES[name]
@@ -54,6 +56,7 @@ def main() -> None:
             f"{picture.tiles}, {picture.tokens:,}",
             *(peaks(name, quantize) for quantize in (True, False)),
             "LLaMA's" if base.config_class.model_type == "idefics" else "Apache 2.0",
+            FAMILIES[base.config_class.model_type].precision,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     text = PAGE.read_text(encoding="utf-8")

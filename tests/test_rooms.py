@@ -9,6 +9,7 @@ import pytest
 import rooms
 
 import idefics_qlora as iq
+from idefics_qlora.families import FAMILIES
 
 PACKAGE = Path(iq.__file__).parent
 HERE = Path(__file__).parent
@@ -88,6 +89,44 @@ def knows_idefics(file):
         if is_text and "\n" not in node.value and re.search(PARTS, node.value):
             return True
     return False
+
+
+def test_nobody_else_asks_for_the_family():
+    """What depends on the kind of model is a fact or a function of its ``Family``."""
+    askers = [
+        f"{module}: {ast.unparse(node)}"
+        for module, file in rooms.modules(PACKAGE).items()
+        if not module.startswith("families.")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if asks_for_family(node)
+    ]
+    assert askers == []
+
+
+def asks_for_family(node):
+    """Whether a comparison or a case has the name of a family in it, or is about a model's type."""
+    if not isinstance(node, ast.Compare | ast.match_case):
+        return False
+    inside = list(ast.walk(node.pattern if isinstance(node, ast.match_case) else node))
+    values = {n.value for n in inside if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    names = {n.attr for n in inside if isinstance(n, ast.Attribute)}
+    return bool(values & FAMILIES.keys()) or bool(values and "model_type" in names)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("if family == 'smolvlm': pass", True),
+        ("x = 1 if config.model_type in ('idefics2', 'x') else 2", True),
+        ("while config.model_type != kind.model_type + 'x': pass", True),
+        ("match name:\n    case 'idefics': pass", True),
+        ("if family not in [*BUILDERS]: pass", False),
+        ("if column == 'image': pass", False),
+    ],
+)
+def test_a_question_for_the_family_is_seen(source, found):
+    """The control of the test above."""
+    assert any(map(asks_for_family, ast.walk(ast.parse(source)))) is found
 
 
 def test_no_file_is_a_drawer():
