@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from idefics_qlora.model.loading import load_finetuned, load_model
     from idefics_qlora.model.memory import MemoryEstimate, estimate_memory
     from idefics_qlora.model.saved_base import save_quantized
+    from idefics_qlora.sharing.merge import merge
     from idefics_qlora.training.diagnostics import DeadAdapters
     from idefics_qlora.training.history import STOP
     from idefics_qlora.training.loop import train
@@ -59,6 +60,7 @@ _HOMES = {
     "model.loading": ("load_finetuned", "load_model"),
     "model.memory": ("MemoryEstimate", "estimate_memory"),
     "model.saved_base": ("save_quantized",),
+    "sharing.merge": ("merge",),
     "training.diagnostics": ("DeadAdapters",),
     "training.history": ("STOP",),
     "training.loop": ("train",),
@@ -99,6 +101,7 @@ __all__ = [
     "load_finetuned",
     "load_model",
     "load_rows",
+    "merge",
     "metrics",
     "pokemon_card_example",
     "preview_batch",

@@ -2,6 +2,8 @@
 
 Parses, calls the library, prints. What a command needs is imported when it is called, so that the
 list of commands is there at once.
+
+More than 400 lines: one command after the other, each of them short.
 """
 
 from __future__ import annotations
@@ -288,6 +290,28 @@ def _sources(named: Sequence[str]) -> Iterator[str]:
             yield from found or [name]  # what is not there is told when it is opened
 
 
+# --- merge ----------------------------------------------------------------------------------------
+
+
+def _merge(arguments: list[str]) -> int:
+    values = _merge_parser().parse_args(arguments).as_dict()
+
+    from idefics_qlora.model.precision import DTYPES
+    from idefics_qlora.settings import base_of, wrong
+    from idefics_qlora.sharing.merge import merge
+
+    dtype, base = values.pop("dtype"), values.pop("base")
+    with wrong():
+        print(
+            merge(
+                **values,
+                dtype=None if dtype is None else DTYPES[dtype],
+                base=None if base is None else base_of(base),
+            )
+        )
+    return DONE
+
+
 # --- what there is --------------------------------------------------------------------------------
 
 
@@ -383,6 +407,24 @@ def _memory_parser() -> ArgumentParser:
     return parser
 
 
+def _merge_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    about = "Write a model that needs no adapter: the base in 16 bits with the adapter in it."
+    parser = ArgumentParser(prog=f"{PROG} merge", description=about)
+    parser.add_argument("checkpoint", type=str, help="a run's folder, or a checkpoint-N of it")
+    parser.add_argument("output", type=str, help="the folder to be made")
+    dtypes = Literal["fp16", "bf16", "fp32"] | None
+    parser.add_argument("--dtype", type=dtypes, help="of the weights; left out: the base's")
+    help_of_base = "Hub id or folder of the base in 16 bits; left out: the adapter's"
+    parser.add_argument("--base", type=str | None, help=help_of_base)
+    help_of_verify = "compare it with the adapter on the base in 16 and in 4 bits"
+    parser.add_argument("--verify", type=bool, default=True, help=help_of_verify)
+    help_of_device = "where that is done; left out: the first GPU if there is one"
+    parser.add_argument("--device", type=str | None, help=help_of_device)
+    return parser
+
+
 COMMANDS = {
     "train": _Command(_train, "fine-tune a base on rows", _parser("train")),
     "evaluate": _Command(
@@ -395,4 +437,5 @@ COMMANDS = {
         _preview, "show what the model gets of some rows, as text and as a page", _parser("preview")
     ),
     "memory": _Command(_memory, "estimate the GPU memory of a training", _memory_parser),
+    "merge": _Command(_merge, "put an adapter into the weights of its base", _merge_parser),
 }

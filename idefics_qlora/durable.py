@@ -6,9 +6,11 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
+import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -138,23 +140,41 @@ def tensor_parts(tensors: dict[str, Tensor], metadata: dict[str, str] | None = N
     The library's function copies all of it twice, which takes longer than writing it, and refuses
     tensors that share memory, as the optimizer's maps do.
     """
+    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    return list(tensor_file(kinds, tensors.__getitem__, metadata))
+
+
+def tensor_file(
+    kinds: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensor_of: Callable[[str], Tensor],
+    metadata: dict[str, str] | None = None,
+) -> Iterator[Part]:
+    """A safetensors file part by part: a tensor is asked for when its turn comes.
+
+    Args:
+        kinds: Dtype and shape of each tensor.
+        tensor_of: Gives the tensor of a name.
+        metadata: The file's own.
+    """
     order = {dtype: number for number, dtype in enumerate(_DTYPES)}
+    names = sorted(kinds, key=lambda name: (order[kinds[name][0]], name))
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    parts: list[Part] = []
     end = 0
-    for name in sorted(tensors, key=lambda name: (order[tensors[name].dtype], name)):
-        tensor = tensors[name].detach().cpu()  # sync
-        part = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        start, end = end, end + len(part)
+    for name in names:
+        dtype, shape = kinds[name]
+        start, end = end, end + dtype.itemsize * math.prod(shape)
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _DTYPES[dtype],
+            "shape": list(shape),
             "data_offsets": [start, end],
         }
-        parts.append(part)
     described = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     described += b" " * (-len(described) % 8)
-    return [len(described).to_bytes(8, "little"), described, *parts]
+    yield len(described).to_bytes(8, "little")
+    yield described
+    for name in names:
+        tensor = tensor_of(name).detach().cpu()  # sync
+        yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def json_bytes(value: Any) -> bytes:
@@ -202,3 +222,41 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_is_free(target: Path) -> None:
+    """See that a folder can be made.
+
+    Raises:
+        FileExistsError: If there is something of its name.
+    """
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} exists already: delete it, or choose another folder")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new folder, to be filled in this block; it gets its name when all is on the disk.
+
+    Until then it is a hidden sibling: a process killed at any moment leaves a whole folder or none
+    of this name, and an error leaves nothing.
+
+    Raises:
+        FileExistsError: If there is something of this name.
+    """
+    check_is_free(target)
+    temporary = target.with_name(f".{target.name}.incomplete")
+    try:
+        if temporary.exists():  # left behind by a killed process
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                sync_file(path)
+        sync_folder(temporary)
+        temporary.rename(target)
+        sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space
+        raise

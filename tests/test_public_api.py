@@ -43,6 +43,7 @@ def test_public_names():
         "load_finetuned",
         "load_model",
         "load_rows",
+        "merge",
         "metrics",
         "pokemon_card_example",
         "preview_batch",

@@ -24,6 +24,7 @@ FLOORS = (
     ("model",),
     ("evaluation",),
     ("training",),
+    ("sharing",),
     ("tiny",),
     ("__init__", "told", "settings", "cli", "__main__"),
 )

@@ -169,8 +169,16 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     return tensors
 
 
-def load_adapter(model: PeftModel, tensors: dict[str, Tensor], source: str) -> None:
+def load_adapter(
+    model: PeftModel, tensors: dict[str, Tensor], source: str, assign: bool = False
+) -> None:
     """Load an adapter's tensors, all of them or none.
+
+    Args:
+        model: The base with such an adapter.
+        tensors: By the names of ``peft``'s file format.
+        source: What to call them in an error.
+        assign: Let them take the place of the model's, which have no data.
 
     Raises:
         ValueError: If a tensor is missing, unknown or of another shape; the message names it.
@@ -189,7 +197,9 @@ def load_adapter(model: PeftModel, tensors: dict[str, Tensor], source: str) -> N
             f"the adapter {source} does not fit this model: {'; '.join(problems[:3])}{more}; "
             "it was trained on another base, or with another LoRA configuration"
         )
-    set_peft_model_state_dict(model, tensors, adapter_name=model.active_adapter)
+    set_peft_model_state_dict(
+        model, tensors, adapter_name=model.active_adapter, low_cpu_mem_usage=assign
+    )
 
 
 def adapter_config(model: PeftModel) -> dict[str, Any]:
@@ -275,7 +285,7 @@ _CANNOT_START_IN_4_BITS = {
 }
 
 
-def _check_start(model: PreTrainedModel, config: LoraConfig) -> None:
+def check_start(model: PreTrainedModel, config: LoraConfig) -> None:
     """Raise ``ValueError`` if the adapters' initial values cannot be had on this base."""
     start = config.init_lora_weights
     if not isinstance(start, str):
@@ -298,7 +308,7 @@ def attach(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         ValueError: If the configuration's ``init_lora_weights`` cannot work on this base, or
             weights in 4 bits would be trained whole.
     """
-    _check_start(model, config)
+    check_start(model, config)
     _check_whole(model, config)
     with warnings.catch_warnings():
         # peft asks the model for a property that transformers has renamed

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 
 import torch
 from peft import (
     PeftModel,
 )
+from torch import Tensor
 
 from idefics_qlora.families.family import Model
 from idefics_qlora.model.precision import compute_dtype
@@ -23,20 +25,40 @@ def base_fingerprint(model: Model) -> dict[str, str]:
         of a model. ``rounding``: ``bf16`` values are another rounding and are not compared.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    shapes, samples = [], []
-    for name, parameter in base.named_parameters():
-        # Linear weights are left out: they may be packed, and a GPU packs a little differently.
-        # So is what an adapter may train: biases, and peft's copies of whole modules.
-        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-        kept = name.endswith("weight") and ".lora_" not in name and ".modules_to_save." not in name
-        if kept and (parameter.dim() == 1 or name.endswith("embed_tokens.weight")):
-            shapes.append((name, list(parameter.shape)))
-            samples.append(parameter.detach().flatten()[:256].float())
+    # What an adapter may train is left out: biases, and peft's copies of whole modules.
+    parameters = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter
+        for name, parameter in base.named_parameters()
+        if ".lora_" not in name and ".modules_to_save." not in name
+    }
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    is_bf16 = compute_dtype(model) == torch.bfloat16
+    return fingerprint(shapes, lambda name: parameters[name].detach(), is_bf16)
+
+
+def fingerprint(
+    shapes: Mapping[str, tuple[int, ...]], tensor_of: Callable[[str], Tensor], is_bf16: bool
+) -> dict[str, str]:
+    """:func:`base_fingerprint` of parameters by name, in the model's order.
+
+    Args:
+        shapes: Of all parameters.
+        tensor_of: Gives a parameter's values.
+        is_bf16: Whether they are rounded to bf16.
+    """
+    # Linear weights are left out: they may be packed, and a GPU packs a little differently.
+    sampled = {
+        name: shape
+        for name, shape in shapes.items()
+        if name.endswith("weight") and (len(shape) == 1 or name.endswith("embed_tokens.weight"))
+    }
+    samples = [tensor_of(name).flatten()[:256].float() for name in sampled]
     weights = torch.cat(samples).cpu().numpy().tobytes()  # sync
+    architecture = json.dumps([(name, list(shape)) for name, shape in sampled.items()])
     return {
-        "architecture": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+        "architecture": hashlib.sha256(architecture.encode()).hexdigest()[:16],
         "weights": hashlib.sha256(weights).hexdigest()[:16],
-        "rounding": "bf16" if compute_dtype(model) == torch.bfloat16 else "none",
+        "rounding": "bf16" if is_bf16 else "none",
     }
 
 

@@ -19,6 +19,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from peft import (
     LoraConfig,
     PeftModel,
 )
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -263,31 +265,15 @@ def load_finetuned(
         CheckpointError: If a file is truncated or altered (a ``ValueError``).
         ValueError: If the adapter's tensors do not fit the base, or it was trained on another one.
     """
-    folder = _adapter_folder(Path(checkpoint).expanduser())
     # Read on the CPU, before the base takes the GPU's memory.
-    tensors, values, state = load_adapter_files(folder)
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG} is no configuration of peft: {error}"
-        ) from error
+    adapter = read_adapter(checkpoint, base)
+    config, state = adapter.config, adapter.state
     config.inference_mode = not trainable
-    recorded: str = values.get("base_model_name_or_path") or ""
-    # A copy of the base: whoever gets the adapter, trained further, finds the base by its Hub id.
-    revision = values.get("revision") if is_hub_id(recorded) else None
-    if not base and revision is not None:
-        load_options.setdefault("revision", revision)
-    base = base or recorded
-    if not base:
-        raise ValueError(f"{folder / 'adapter_config.json'} names no base model: pass base=...")
-    model, processor = load_model(base, **load_options)
-    verified = state is not None and same_base(state["base"], found := base_fingerprint(model))
-    if state is not None and not verified:
-        raise ValueError(
-            f"the adapter {folder} was trained on another base model than {base} (fingerprint "
-            f"{state['base']}, here {found}): pass the right one as base=..."
-        )
+    if adapter.base_revision is not None:
+        load_options.setdefault("revision", adapter.base_revision)
+    model, processor = load_model(adapter.base, **load_options)
+    if state is not None:
+        adapter.check_base(base_fingerprint(model))
     side = None if state is None else state.get("image_side")
     family = family_of_config(model.config)
     if "longest_edge" not in load_options and side not in (None, family.reader(processor).side):
@@ -295,11 +281,66 @@ def load_finetuned(
     # peft would warn that it is called otherwise now.
     config.base_model_name_or_path = config.revision = None
     peft_model = attach(model, config)
-    if verified and is_hub_id(recorded):
-        peft_model.active_peft_config.base_model_name_or_path = recorded
-        peft_model.active_peft_config.revision = revision
-    load_adapter(peft_model, tensors, str(folder / ADAPTER))
+    if state is not None and is_hub_id(adapter.recorded_base):
+        # A copy of the base: whoever gets the adapter, trained further, finds it by its Hub id.
+        peft_model.active_peft_config.base_model_name_or_path = adapter.recorded_base
+        peft_model.active_peft_config.revision = adapter.recorded_revision
+    load_adapter(peft_model, adapter.tensors, str(adapter.folder / ADAPTER))
     return peft_model.eval(), processor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's files, and where its base is."""
+
+    folder: Path
+    """The checkpoint's."""
+    tensors: dict[str, Tensor]
+    config: LoraConfig
+    state: dict[str, Any] | None
+    """Of the run that made it; ``None`` if another program did."""
+    base: str | os.PathLike[str]
+    """Hub id or folder."""
+    base_revision: str | None
+    """Of the base there; ``None`` for the newest, or in a folder."""
+    recorded_base: str
+    """What its configuration says; may be empty."""
+    recorded_revision: str | None
+    """Of a base on the Hub."""
+
+    def check_base(self, *found: dict[str, str]) -> None:
+        """See that one of these fingerprints is that of the base that it was trained on.
+
+        Raises:
+            ValueError: If not; of an adapter of another program nothing is known.
+        """
+        if self.state is None or any(same_base(self.state["base"], each) for each in found):
+            return
+        raise ValueError(
+            f"the adapter {self.folder} was trained on another base model than {self.base} "
+            f"(fingerprint {self.state['base']}, here {found[0]}): pass the right one as base=..."
+        )
+
+
+def read_adapter(
+    checkpoint: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> Adapter:
+    """Read a checkpoint's adapter; arguments and errors as in :func:`load_finetuned`."""
+    folder = _adapter_folder(Path(checkpoint).expanduser())
+    tensors, values, state = load_adapter_files(folder)
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} is no configuration of peft: {error}"
+        ) from error
+    recorded: str = values.get("base_model_name_or_path") or ""
+    revision = values.get("revision") if is_hub_id(recorded) else None
+    found = base or recorded
+    if not found:
+        raise ValueError(f"{folder / ADAPTER_CONFIG} names no base model: pass base=...")
+    own = None if base else revision
+    return Adapter(folder, tensors, config, state, found, own, recorded, revision)
 
 
 def _adapter_folder(folder: Path) -> Path:

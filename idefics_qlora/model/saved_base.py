@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +19,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from idefics_qlora.durable import (
     CheckpointError,
+    check_is_free,
     json_bytes,
     json_mapping,
     read_whole,
     sha256_of_file,
-    sync_file,
-    sync_folder,
-    write_synced,
+    whole_folder,
 )
 from idefics_qlora.families import check_model_and_processor, family_of
 from idefics_qlora.families.family import Processor
@@ -84,48 +82,36 @@ def save_quantized(
     check_model_and_processor(model, processor)
     target = Path(os.path.abspath(os.path.expanduser(folder)))
     _check_base(model)
-    if os.path.lexists(target):
-        raise FileExistsError(f"{target} exists already: delete it, or choose another folder")
-    temporary = target.with_name(f".{target.name}.incomplete")
+    check_is_free(target)
     origin = Origin(None, None)
     if is_hub_id(model.name_or_path):
         origin = Origin(model.name_or_path, getattr(model, "base_revision", None))
     try:
-        if temporary.exists():  # left behind by a killed process
-            shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
-        # The names that a base once had cannot be restored for weights that came packed.
-        model.save_pretrained(temporary, max_shard_size=SHARD_SIZE, save_original_format=False)
-        processor.save_pretrained(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        with ThreadPoolExecutor() as pool:  # read back: what counts is what is in the files
-            sums = list(pool.map(sha256_of_file, files))
-        manifest = {
-            "format": FORMAT,
-            "base": origin._asdict(),
-            "versions": library_versions(),
-            "files": {
-                path.relative_to(temporary).as_posix(): {
-                    "size": path.stat().st_size,
-                    "sha256": digest,
-                }
-                for path, digest in zip(files, sums, strict=True)
-            },
-        }
-        for path in files:
-            sync_file(path)
-        write_synced(temporary / QUANTIZED_MANIFEST, [json_bytes(manifest)])
-        sync_folder(temporary)
-        temporary.rename(target)
-        sync_folder(target.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space
-        if isinstance(error, (OSError, SafetensorError)):
-            raise OSError(
-                f"{target} cannot be written: {error}; nothing is left of it: free space on this "
-                "disk, or choose a folder on another"
-            ) from error
-        raise
+        with whole_folder(target) as temporary:
+            # The names that a base once had cannot be restored for weights that came packed.
+            model.save_pretrained(temporary, max_shard_size=SHARD_SIZE, save_original_format=False)
+            processor.save_pretrained(temporary)
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            with ThreadPoolExecutor() as pool:  # read back: what counts is what is in the files
+                sums = list(pool.map(sha256_of_file, files))
+            manifest = {
+                "format": FORMAT,
+                "base": origin._asdict(),
+                "versions": library_versions(),
+                "files": {
+                    path.relative_to(temporary).as_posix(): {
+                        "size": path.stat().st_size,
+                        "sha256": digest,
+                    }
+                    for path, digest in zip(files, sums, strict=True)
+                },
+            }
+            (temporary / QUANTIZED_MANIFEST).write_bytes(json_bytes(manifest))
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{target} cannot be written: {error}; nothing is left of it: free space on this "
+            "disk, or choose a folder on another"
+        ) from error
 
 
 def _check_base(model: PreTrainedModel) -> None:
