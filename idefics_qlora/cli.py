@@ -98,6 +98,8 @@ def _train(arguments: list[str]) -> int:
     metrics = told.metrics()
     train_rows, eval_rows = told.rows("train"), told.rows("eval")
     told.check_base()
+    told.check_evaluations(config, metrics)
+    told.check_rows(to_example, train=train_rows, eval=eval_rows)
     told.raise_problems()
 
     from idefics_qlora.model.adapters import add_lora

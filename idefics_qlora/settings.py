@@ -19,8 +19,10 @@ from peft import LoraConfig
 from transformers import AutoProcessor
 
 from idefics_qlora.config import TrainConfig, check_whole, explanations
+from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.captions import QUESTION, Captions
 from idefics_qlora.data.files import load_rows
+from idefics_qlora.data.rows import RowReader
 from idefics_qlora.evaluation.metrics import BY_NAME
 from idefics_qlora.evaluation.predictions import Metric, metric_problems
 from idefics_qlora.families import family_of_config
@@ -31,6 +33,7 @@ from idefics_qlora.model.loading import load_config, load_finetuned, load_model
 from idefics_qlora.model.precision import DTYPES
 from idefics_qlora.tiny import BASE, creature_cards
 from idefics_qlora.told import Field, SettingsError, located, read
+from idefics_qlora.training.inputs import evaluation_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,9 @@ class DataSettings:
 
     access: ImageAccess = field(default_factory=ImageAccess)
 
+
+ROWS_TRIED = 3
+"""Rows of which one must be read before a base is loaded."""
 
 MetricName: TypeAlias = Literal["anls", "bleu", "chrf", "cider", "exact_match", "vqa_accuracy"]
 
@@ -210,7 +216,8 @@ class Told:
             self.values |= {name: given.value for name, given in self.given.items()}
         else:
             told = parser.parse_args(arguments)
-            self.values = {name: told[name] for name in fields}
+            # An empty section of a file hides its defaults.
+            self.values |= {name: told[name] for name in fields if name in told}
             self.pictures = told.get("pictures", [])
         self.access = self._made("data.access", ImageAccess, ValueError) or DEFAULT_ACCESS
 
@@ -306,6 +313,36 @@ class Told:
         except (OSError, RuntimeError, ValueError) as error:
             self._note(f"data.{name}", str(error))
             return None
+
+    def check_evaluations(self, config: Any, metrics: Mapping[str, Metric]) -> None:
+        """See that there are the rows and numbers that the settings of evaluations ask for."""
+        if config is None or any(metric_problems(metrics)):  # told already
+            return
+        has_rows = self.values["data.eval"] is not None
+        for problem in evaluation_problems(config, metrics, has_rows):
+            told = ValueError(problem.replace("eval_rows", "data.eval"))
+            self.problems += located("train", told, self.given)
+
+    def check_rows(self, to_example: Captions | None, **rows: Any) -> None:
+        """See that one of the first rows of each kind can be read, without loading a model."""
+        if to_example is None and self.values["data.answer"] is not None:
+            return  # the template is wrong
+        try:
+            collator = Collator(self.processor(), access=self.access)
+        except (OSError, TypeError, ValueError):  # what is wrong with the base is told
+            return
+        for name, some in rows.items():
+            first: ValueError | None = None
+            for index in range(min(ROWS_TRIED, len(some or ()))):
+                try:
+                    RowReader(some, f"data.{name}", to_example, collator).read(index)
+                except ValueError as error:
+                    first = first or error
+                else:
+                    first = None
+                    break
+            if first is not None:
+                self.problems.append(str(first))
 
     def check_base(self) -> None:
         """See that there is such a base, without loading it."""

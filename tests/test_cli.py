@@ -124,7 +124,7 @@ def test_three_mistakes_are_three_problems(here, capsys):
     """Keys and types of a file are told with their lines, all at once, with the way out."""
     Path("bad.yaml").write_text(
         "model: {base: tiny}\n"
-        "data: {train: tiny}\n"
+        "data: {train: tiny, eval: tiny}\n"
         "train:\n"
         "  output_dir: run\n"
         "  leraning_rate: 1e-3\n"
@@ -217,12 +217,34 @@ def test_numbers_are_numbers_and_the_command_line_wins(here, capsys):
 
 
 def test_what_train_finds_before_its_first_step_is_2(here, capsys):
-    """Rows and settings that do not go together are settings; a run folder in use, too."""
+    """Rows and settings that do not go together are settings: told together with what else is
+    wrong, before a base is loaded."""
+    Path("rows.jsonl").write_text('{"image": "a.png", "text": "A."}\n' * 2)
+    Path("run.yaml").write_text(RUN.replace("{train: tiny, eval: tiny}", "{train: rows.jsonl}"))
     arguments = ["train", "--config", "run.yaml", "--train.load_best_model_at_end", "true"]
-    text = RUN.replace(", eval: tiny", "")
-    Path("run.yaml").write_text(text)
-    (problem,) = problems_of(capsys, *arguments)
-    assert "load_best_model_at_end=True needs eval_rows" in problem
+    best, row = problems_of(capsys, *arguments)
+    assert best.startswith("command line: train.load_best_model_at_end=True needs data.eval to fin")
+    assert row.startswith(f"cannot open the image '{here / 'a.png'}' of image of data.train[0]: ")
+    metric = ["--data.eval", "tiny", "--train.metric_for_best_model", "eval_cidr"]
+    template = ["--data.train", "tiny", "--data.answer", " {nme}", "--metrics", "cider"]
+    problems = problems_of(capsys, *arguments, *metric, *template)
+    assert problems[0].endswith("records: did you mean 'eval_cider'?")
+    for problem, name in zip(problems[1:], ("train", "eval"), strict=True):
+        assert problem.startswith(f"data.{name}[0]: column 'nme', which answer=' {{nme}}' asks for")
+
+
+@pytest.mark.parametrize("section", ["lora:", "data: {train: tiny, access: }", "lora: null"])
+def test_an_empty_section_sets_nothing(here, capsys, section):
+    """Its defaults are there, also beside what the command line sets in it."""
+    Path("run.yaml").write_text(f"model: {{base: tiny, device: cpu}}\n{section}\n")
+    options = ["--lora.r", "2", "--data.access.max_bytes", "1000000", "--data.train", "tiny"]
+    options += ["--train.output_dir", "run", "--train.max_steps", "1", "--train.num_workers", "0"]
+    options += ["--train.load_best_model_at_end", "false", "--train.global_batch_size", "2"]
+    assert cli.main(["train", "--config", "run.yaml", *options]) == 0
+    lora = json.loads(Path("run/checkpoint-1/adapter_config.json").read_text())
+    assert (lora["r"], lora["lora_alpha"]) == (2, 32)
+    assert cli.main(["generate", "--config", "run.yaml", "none.png"]) == 1
+    assert "cannot open the image 'none.png'" in capsys.readouterr().err
 
 
 def test_train_evaluate_and_generate(here, capsys):

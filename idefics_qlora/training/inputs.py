@@ -80,7 +80,7 @@ def check_inputs(
     """
     check_model_and_processor(model, processor)
     check_trackers(config)
-    if problems := list(_evaluation_problems(config, metrics, eval_rows is not None)):
+    if problems := list(evaluation_problems(config, metrics, eval_rows is not None)):
         raise ValueError("\n".join(problems))
     check_trainable(model)
     _tell_whole(model, config)
@@ -150,7 +150,7 @@ def _tell_whole(model: PeftModel, config: TrainConfig) -> None:
     )
 
 
-def _evaluation_problems(
+def evaluation_problems(
     config: TrainConfig, metrics: Mapping[str, Metric], has_rows: bool
 ) -> Iterator[str]:
     """What is asked of evaluations that they cannot give."""
