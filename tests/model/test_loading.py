@@ -111,7 +111,7 @@ def test_too_little_gpu_memory_says_how_much_was_free(monkeypatch):
     monkeypatch.setattr(IdeficsForVisionText2Text, "from_pretrained", full)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 2**30, 16 * 2**30))
     with pytest.raises(RuntimeError, match=r"2\.0 of 16\.0 GiB were free.*device='cpu'"):
-        iq.tiny.load_model(device="cuda:0")
+        iq.tiny.load_model(device="cuda:0", compute_dtype=torch.float16)
 
 
 def test_a_copied_base_folder_loads(tmp_path, processor, examples):
