@@ -311,6 +311,32 @@ def _tiled(vision: Vision) -> TiledVision:
     return vision
 
 
+def patches_of(embeddings: Any, pixels: Tensor, is_patch: Tensor) -> Tensor:
+    """Patches (P, L, D) with their places: what a tower's embeddings give, bit by bit.
+
+    Their own forward asks, in versions of transformers, which patches are there, and waits for the
+    answer: no graph can be recorded of that. A picture's patches spread over the places that the
+    tower was trained with, whatever their number.
+
+    Args:
+        embeddings: The tower's.
+        pixels: (P, 3, H, W), normalised.
+        is_patch: (P, rows, columns) bool.
+    """
+    side = embeddings.num_patches_per_side
+    bounds = torch.arange(1 / side, 1.0, 1 / side, device=pixels.device)
+
+    def places(are: Tensor) -> Tensor:
+        numbers = torch.arange(are.shape[1], device=are.device, dtype=torch.float32)
+        parts = torch.clamp(numbers[None] * (1.0 / are.sum(dim=1))[:, None], max=1.0 - 1e-6)
+        return torch.bucketize(parts, bounds, right=True)
+
+    rows, columns = places(is_patch[:, :, 0]), places(is_patch[:, 0, :])
+    at = (rows[:, :, None] * side + columns[:, None, :]).masked_fill(~is_patch, 0)
+    patches: Tensor = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    return patches + embeddings.position_embedding(at.flatten(1))
+
+
 def _encoded(tower: Any, pixels: Tensor, is_patch: Tensor, mask: Tensor | None) -> Tensor:
     """Patches (P, L, D) of a vision tower.
 
@@ -320,7 +346,7 @@ def _encoded(tower: Any, pixels: Tensor, is_patch: Tensor, mask: Tensor | None) 
         is_patch: (P, rows, columns) bool.
         mask: (P, 1, 1, L) bool: which patches are seen; ``None``: all.
     """
-    x = tower.embeddings(pixel_values=pixels, patch_attention_mask=is_patch)
+    x = patches_of(tower.embeddings, pixels, is_patch)
     for layer in tower.encoder.layers:
         x = layer(x, mask)
     result: Tensor = tower.post_layernorm(x)

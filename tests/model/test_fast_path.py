@@ -4,6 +4,7 @@ Past 400 lines: all is one comparison, of many models and batches.
 """
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -344,6 +345,24 @@ def test_nothing_waits_for_data(base, batch):
     with Operations() as before:
         slow(model, batch, "bf16")
     assert len(ours.names) < len(before.names)  # by far fewer where Triton runs
+
+
+@pytest.mark.parametrize("family", SUCCESSORS, indirect=True)
+def test_patches_have_the_models_places(base):
+    """Pictures of all sizes, alone and beside smaller ones; no step asks which patches are there
+    (in some versions of transformers the model's own do)."""
+    embeddings = base.model.vision_model.embeddings
+    size, side = embeddings.patch_size, embeddings.num_patches_per_side
+    for rows, columns in itertools.product(range(1, side + 1), repeat=2):
+        is_patch = torch.zeros(3, rows, columns, dtype=torch.bool)
+        for n in range(3):
+            is_patch[n, : rows - n or 1, : columns - 2 * n if columns > 2 * n else 1] = True
+        pixels = torch.rand(3, 3, rows * size, columns * size, dtype=base.dtype)
+        expected = embeddings(pixel_values=pixels, patch_attention_mask=is_patch)
+        with Operations() as ours:
+            patches = fused_successors.patches_of(embeddings, pixels, is_patch)
+        assert torch.equal(patches, expected)
+        assert not {"nonzero", "index", "index_put_", "_local_scalar_dense"} & set(ours.names)
 
 
 def test_shapes_come_again():
