@@ -243,21 +243,41 @@ class Told:
 
     def to_example(self) -> Captions | None:
         """How a row becomes an example; ``None`` for rows of a known format."""
-        answer, question, image = (
-            self.values[f"data.{name}"] for name in ("answer", "question", "image")
-        )
-        if answer is None:
-            for name, value in (("question", question), ("image", image)):
-                if value is not None:
-                    self._note(f"data.{name}", "needs data.answer, the template of what is learnt")
+        templates = {**self._templates_of_run(), **self._templates()}
+        if "answer" not in templates:
+            for name in templates:
+                self._note(f"data.{name}", "needs data.answer, the template of what is learnt")
             return None
         try:
-            return Captions(answer=answer, question=question or QUESTION, image=image)
+            return Captions(**templates)
         except ValueError as error:
             name = str(error).partition("=")[0]
             where = f"{self.given[key].where}: " if (key := f"data.{name}") in self.given else ""
             self.problems.append(f"{where}data.{error}")
             return None
+
+    def _templates(self) -> dict[str, Any]:
+        """``answer``, ``question`` and ``image``, those that are set."""
+        values = {name: self.values[f"data.{name}"] for name in ("answer", "question", "image")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _templates_of_run(self) -> dict[str, Any]:
+        """The same of the run in whose folder the adapter is, if its file tells."""
+        if (adapter := self.values.get("adapter")) is None:
+            return {}
+        folder = Path(adapter).expanduser()
+        for place in (folder, folder.absolute().parent):  # a run's folder, a checkpoint of it
+            with contextlib.suppress(
+                OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError
+            ):
+                settings = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+                data = settings["data"]
+                return {
+                    name: data[name]
+                    for name in ("answer", "question", "image")
+                    if isinstance(data.get(name), str)
+                }
+        return {}
 
     def metrics(self) -> dict[str, Metric]:
         """The metrics that are asked for, by name."""
@@ -276,22 +296,10 @@ class Told:
                 if "{" in question:
                     self._note(name, field)
                 return str(question)
-        question = self._question_of_run() or QUESTION
+        question = self._templates_of_run().get("question", QUESTION)
         if "{" in question:
             self.problems.append(f"the question of the adapter's run, {question!r}, {field}")
         return question
-
-    def _question_of_run(self) -> str | None:
-        """The question that the adapter was trained with, if its run's folder tells."""
-        if (adapter := self.values["adapter"]) is None:
-            return None
-        folder = Path(adapter).expanduser()
-        for place in (folder, folder.absolute().parent):  # a run's folder, a checkpoint of it
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
-                settings = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
-                if isinstance(question := settings["data"]["question"], str):
-                    return question
-        return None
 
     def rows(self, name: str) -> Any:
         """The rows that ``data.train`` or ``data.eval`` names."""

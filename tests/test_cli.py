@@ -366,7 +366,7 @@ def test_rows_and_templates(here, capsys):
 
 def test_the_folder_of_a_run_is_a_configuration(here, capsys):
     """`config.yaml` of a run has templates and metrics too: with rows it trains the same again, and
-    `generate --adapter` asks what was asked in training, not something else."""
+    `generate --adapter` and `evaluate` ask what was asked in training, not something else."""
     Path("photos").mkdir()
     rows = [["file_name", "text"]]
     for card in iq.tiny.creature_cards(4, seed=0):
@@ -395,6 +395,13 @@ def test_the_folder_of_a_run_is_a_configuration(here, capsys):
         return capsys.readouterr().out
 
     assert texts() == texts("--question", "What is it?") != texts("--question", QUESTION)
+    few = ["--data.eval", "photos", "--train.precision", "fp32", "--train.eval_batch_size", "16"]
+    losses = []
+    for options in ([], ["--data.answer", " {text}"], ["--data.question", QUESTION]):
+        assert cli.main(["evaluate", "--adapter", "run/checkpoint-2", *few, *options]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["eval_loss"])
+    assert losses[0] == losses[1] == pytest.approx(first[-1]["eval_loss"], rel=1e-4)
+    assert losses[2] != losses[0]
     Path("run/config.yaml").write_text("data: {question: 'What {kind} is it?'}")
     (problem,) = problems_of(capsys, "generate", "--adapter", "run", "photos")
     assert problem.startswith(
