@@ -62,9 +62,15 @@ def check_finite(parameters: Mapping[str, Parameter], way_out: str) -> None:
 
 def compute_dtype(model: Model) -> torch.dtype:
     """The dtype of the unquantised frozen parts, in which the quantised layers compute as well."""
-    # Norms are never quantised; trainable copies (peft's modules_to_save) are fp32 in any case.
-    norms = (p for name, p in model.named_parameters() if p.dim() == 1 and not p.requires_grad)
-    return next(norms).dtype
+    # Norms are never quantised; trainable copies (peft's modules_to_save) are fp32 in any case, and
+    # so is the weight of a norm whose bias is trained.
+    named = dict(model.named_parameters())
+    trained = {name.rpartition(".")[0] for name, p in named.items() if p.requires_grad}
+    return next(
+        p.dtype
+        for name, p in named.items()
+        if p.dim() == 1 and not p.requires_grad and name.rpartition(".")[0] not in trained
+    )
 
 
 def set_compute_dtype(model: Model, dtype: torch.dtype) -> None:

@@ -9,8 +9,8 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import config_of, same, tensors_of
-from micro_batches import QKV
+from helpers import config_of, every_family, same, tensors_of
+from micro_batches import QKV, text_model_of
 from peft import LoraConfig
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -85,7 +85,7 @@ class Wrapped:
 
 
 def layers_of(model):
-    inner = model.get_base_model().model
+    inner = text_model_of(model.get_base_model())
     return {
         "decoder layer": inner.layers[0],
         "norm": inner.norm,
@@ -118,6 +118,7 @@ def test_a_replaced_forward_is_run_and_kept(base, processor, rows, tmp_path, nam
     assert mine.calls > before
 
 
+@every_family
 def test_hooks_of_all_modules_run(base, processor, rows, tmp_path):
     """A hook on every module sees the inner layers, which fused blocks do not call."""
     model, seen = adapted(base), set()
@@ -126,7 +127,7 @@ def test_hooks_of_all_modules_run(base, processor, rows, tmp_path):
         trained(model, processor, rows, tmp_path, max_steps=1)
     finally:
         handle.remove()
-    assert id(model.get_base_model().model.layers[0].mlp.act_fn) in seen
+    assert id(text_model_of(model.get_base_model()).layers[0].mlp.act_fn) in seen
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -146,6 +147,26 @@ def test_what_no_gradient_reaches_is_left_alone(base, processor, rows, tmp_path,
     assert set(steps.values()) == {0, STEPS}
 
 
+@every_family
+def test_windows_with_and_without_pictures(base, processor, rows, tmp_path):
+    """Where there is none, nothing of vision is updated or decays, as the slow way."""
+    texts = [iq.Example(["Question: What is it?"], f" It is {n}.") for n in ("one", "two")]
+    logs, models = [], []
+    for fast in (True, False):
+        torch.manual_seed(0)
+        models.append(adapted(base))
+        settings = {"global_batch_size": 1, "micro_batch_size": 1, "max_steps": 6}
+        settings |= {"fast": fast, "weight_decay": 0.1}
+        folder = tmp_path / str(fast)
+        logs.append(trained(models[-1], processor, [*texts, *rows[:2]], folder, **settings))
+    check_equal(*models, logs)
+    steps = [
+        {n: int(t) for n, t in load_checkpoint(f).optimizer.items() if n.endswith("::step")}
+        for f in (tmp_path / str(fast) / "checkpoint-6" for fast in (True, False))
+    ]
+    assert steps[0] == steps[1]
+
+
 VARIANTS = {
     "bias": {"bias": "all"},
     "lora_only": {"bias": "lora_only", "target_modules": ["fc1", "q_proj"]},
@@ -155,6 +176,7 @@ VARIANTS = {
 }
 
 
+@every_family
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_variant_learns_the_same(base, processor, rows, tmp_path, name):
     """Steps with weight decay and 8-bit or PyTorch's states are those of the slow way."""
@@ -198,6 +220,7 @@ def without_dropout(model):
             module.p = 0.0
 
 
+@every_family
 def test_a_rate_of_dropout_may_change(base, processor, rows, tmp_path):
     """Dropout that a callback switches off is off in the next window."""
     model = adapted(base, lora_dropout=0.5)
@@ -225,6 +248,7 @@ def test_what_a_callback_freezes_stays(base, processor, rows, tmp_path, fast):
     assert any(not torch.equal(before[n], t) for n, t in adapter_tensors(model).items())
 
 
+@every_family
 @pytest.mark.parametrize("first", [True, False])
 def test_a_checkpoint_goes_on_the_other_way(base, processor, rows, tmp_path, first):
     """From a checkpoint of either way the other goes on like the one that wrote it."""
@@ -261,6 +285,7 @@ def undisturbed(base, processor, rows, tmp_path):
     return watched.calls // (2 * STEPS)
 
 
+@every_family
 @pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit")
 def test_an_error_within_a_window_leaves_an_ordinary_model(
     base, processor, rows, tmp_path, undisturbed
@@ -285,6 +310,7 @@ def test_an_error_within_a_window_leaves_an_ordinary_model(
     assert same(whole, again)
 
 
+@every_family
 def test_memory_that_does_not_suffice_within_a_window(base, processor, rows, tmp_path, undisturbed):
     """The window is done again in halves from its beginning: neither gradients nor random states
     of the part that was computed are left."""
