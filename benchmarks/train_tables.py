@@ -145,9 +145,9 @@ def _tables(figures: Figures) -> str:
     lines = [
         f"{figures.device}, {versions}; medians of the rounds. Matrix products in the minutes of "
         f"the measurements: {rate:.0f} TFLOP/s (median).",
-        "",
-        *_row("arm", COLUMNS, head=True),
     ]
+    if figures.arms(recipe=False):
+        lines += ["", *_row("arm", COLUMNS, head=True)]
     for key in figures.arms(recipe=False):
         lines += _row(
             _name(key), (figures.cell(key, form, *path) for form, path in COLUMNS.values())
@@ -162,13 +162,7 @@ def _tables(figures: Figures) -> str:
         ]
         for key, kinds in split.items():
             lines += _row(_name(key), (f"{ms:.1f}" for ms in kinds.values()))
-    if successors := figures.successors():
-        head = "pictures as text, without a loader"
-        lines += ["", *_row(head, [*SUCCESSORS_COLUMNS, "÷ Trainer"], head=True)]
-        for key in successors:
-            cells = [figures.cell(key, *_column(name)) for name in SUCCESSORS_COLUMNS]
-            ratio = figures.ratio(key, f"{key}-trainer")
-            lines += _row(_name(key), [*cells, "-" if ratio is None else f"{ratio:.1f}"])
+    lines += _successors(figures, SUCCESSORS_COLUMNS)
     if recipes := figures.arms(recipe=True):
         columns = ["steps", "seconds", "evaluations"]
         lines += ["", *_row("whole recipe, loading of the base excluded", columns, head=True)]
@@ -188,6 +182,19 @@ def _tables(figures: Figures) -> str:
         absent = "; ".join(f"({key}) {why}" for key, why in figures.absent.items())
         lines += ["", f"Not measured: {absent}."]
     return "\n".join(lines) + "\n"
+
+
+def _successors(figures: Figures, columns: Iterable[str]) -> list[str]:
+    """A table of the bases whose images are tokens of the text, if any were measured."""
+    if not (successors := figures.successors()):
+        return []
+    columns = [*columns]
+    lines = ["", *_row("pictures as text, without a loader", [*columns, "÷ Trainer"], head=True)]
+    for key in successors:
+        cells = [figures.cell(key, *_column(name)) for name in columns]
+        ratio = figures.ratio(key, f"{key}-trainer")
+        lines += _row(_name(key), [*cells, "-" if ratio is None else f"{ratio:.1f}"])
+    return lines
 
 
 def _name(key: str) -> str:
@@ -230,6 +237,7 @@ def _ratios(figures: Figures) -> list[str]:
 # --- the page about speed ------------------------------------------------------------------------
 
 SHOWN = ("a", "b-fp16", "b-bf16", "f", "c", "d", "h", "e", "i")
+SHORT_OF_SUCCESSORS = ("examples/s", "of the matmul rate", "peak GiB", "estimate of it")
 SHORT = ("examples/s", "of the matmul rate", "GPU busy", "peak GiB", "optimizer, ms", "syncs")
 BARS = {
     "a": "Trainer, 2 x 8",
@@ -243,10 +251,13 @@ def summary(contents: list[dict[str, Any]]) -> str:
     """The figures that tell most, and the picture where there is one."""
     parts = []
     for figures in devices(contents):
-        lines = [f"{figures.device}:", "", *_row("", SHORT, head=True)]
-        for key in SHOWN:
-            if key in figures.records:
-                lines += _row(_name(key), (figures.cell(key, *_column(name)) for name in SHORT))
+        lines = [f"{figures.device}:"]
+        shown = [key for key in SHOWN if key in figures.records]
+        if shown:
+            lines += ["", *_row("", SHORT, head=True)]
+        for key in shown:
+            lines += _row(_name(key), (figures.cell(key, *_column(name)) for name in SHORT))
+        lines += _successors(figures, SHORT_OF_SUCCESSORS)
         if ratios := _ratios(figures):
             lines += ["", "; ".join(ratios) + "."]
         parts.append("\n".join(lines) + "\n")

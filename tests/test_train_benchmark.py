@@ -206,6 +206,24 @@ def test_the_picture_shows_how_a_step_is_divided():
     assert "![" not in train_tables.summary([content])
 
 
+def test_each_base_stands_beside_its_trainer():
+    """With the ratio of both, and how near the estimate came; a file may have nothing else."""
+    rates = {"smolvlm-256m": 30.0, "smolvlm-256m-trainer": 12.0, "idefics3-8b": 4.0}
+    records = [
+        {**traced(key), "examples_per_second": rate, "estimate_of_peak": 0.98}
+        for key, rate in rates.items()
+    ]
+    content = {"versions": {"torch": "9"}, "records": records}
+    for text in (train_tables.tables([content]), train_tables.summary([content])):
+        rows = [line for line in text.splitlines() if line.startswith("| ")]
+        assert rows[0].endswith("estimate of it | ÷ Trainer |")
+        ours, trainer, alone = rows[2:]
+        assert ours.startswith("| SmolVLM-256M: ours 2 x 8 | 30.0 |")
+        assert ours.endswith("| 98% | 2.5 |")
+        assert trainer.endswith("| 98% | - |")
+        assert alone.startswith("| Idefics3-8B: ours 2 x 4 | 4.0 |")
+
+
 def test_a_file_goes_on(tmp_path, capsys):
     """Arms can be measured one after another into one file, and what a library lacks is told."""
     file = tmp_path / "results.json"
