@@ -25,11 +25,13 @@ from micro_batches import (
     shape_for,
     text_model_of,
 )
+from peft import LoraConfig
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
+from idefics_qlora.families import family_of
 from idefics_qlora.model import fused, fused_idefics, fused_successors
 from idefics_qlora.model.graphs import FastPath
 from idefics_qlora.model.loss import summed_cross_entropy
@@ -248,6 +250,29 @@ def test_blocks_that_are_not_known_run_their_own_way(base, batch, make, reason):
         assert path.blocks.blocks  # the others are fused
     check_equal(fast(path, batch), expected, 3e-5)
     path.close()
+
+
+@every_family
+def test_parts_that_are_trained_whole(bases, family, cards):
+    """In 16 bits: what is fused beside them, and what is not, has the model's own gradient."""
+    unquantised, processor = iq.load_model(
+        bases(family)[0].name_or_path, device="cpu", quantize=False, compute_dtype=torch.float32
+    )
+    batch = a_batch(processor, cards[:3], images=2)
+    fused_beside = []
+    for part in family_of(unquantised).parts:
+        lora = LoraConfig(r=4, target_modules=QKV)
+        model = iq.add_lora(copy.deepcopy(unquantised), lora, train_parts=[part]).train()
+        expected = slow(model, batch)
+        if FastPath.why_not(model) is not None:  # parts that are called piece by piece
+            assert FastPath.why_not(model) == "a whole part of the model is trained"
+            continue
+        path = FastPath(model, torch.float32)
+        fused_beside.append(part)
+        assert path.blocks.others
+        check_equal(fast(path, batch), expected, 3e-5)
+        path.close()
+    assert "text layers" in fused_beside
 
 
 @every_family
