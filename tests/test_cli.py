@@ -301,6 +301,21 @@ def test_train_evaluate_and_generate(here, capsys):
     assert cli.main(["generate", "--adapter", "run", "gone.png"]) == 1
 
 
+@pytest.mark.slow
+def test_a_tracker_that_cannot_start_is_a_wrong_setting(here, monkeypatch):
+    """Nobody has logged in to wandb: named in one line, without a traceback."""
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(here / name))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    done = process("train", "--config", "run.yaml", "--train.report_to", "[wandb]")
+    assert done.returncode == 2, done.stderr
+    *_, summary, problem = done.stderr.splitlines()
+    assert summary == "idefics-qlora train: 1 problem"
+    assert problem.startswith("  - wandb, which report_to names, does not start: No API key")
+
+
 def test_metrics_by_name_and_the_predictions(here, capsys):
     """`metrics` of the file scores a run's evaluations and decides which is the best; `evaluate`
     gives the same numbers over all rows, and writes what the model said of each."""

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from idefics_qlora.config import TrainConfig
-from idefics_qlora.notices import with_words
 from idefics_qlora.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -169,7 +168,7 @@ class Trackers:
         state: At the run's beginning, or as it was resumed.
 
     Raises:
-        Exception: What a tracker raises when it cannot be started, with its name.
+        RuntimeError: If a tracker cannot be started; the message names it.
     """
 
     def __init__(self, folder: Path, state: TrainState) -> None:
@@ -181,7 +180,9 @@ class Trackers:
                 self._open[name] = _TRACKERS[name](folder, state)
             except Exception as error:
                 self.close()
-                raise with_words(error, f"{name}, which report_to names, does not start") from error
+                raise RuntimeError(
+                    f"{name}, which report_to names, does not start: {error}"
+                ) from error
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Draw a record everywhere."""
