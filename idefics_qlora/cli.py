@@ -332,7 +332,7 @@ def _told(command: str, arguments: list[str]) -> Told:
 
 def _fields(command: str) -> dict[str, Field]:
     """The command's own options, and the four sections of a run."""
-    from idefics_qlora.settings import sections
+    from idefics_qlora.fields import sections
     from idefics_qlora.told import Field
 
     adapter = Field(str | None, None, "A run's folder, or a checkpoint-N of it; left out: the base")
@@ -387,7 +387,7 @@ NEEDED = {
 
 def _parser(command: str) -> Callable[[], ArgumentParser]:
     def make() -> ArgumentParser:
-        from idefics_qlora.settings import parser_of
+        from idefics_qlora.fields import parser_of
 
         about = COMMANDS[command].about
         fields, hidden, needed = _fields(command), HIDDEN[command], NEEDED[command]

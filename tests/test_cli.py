@@ -24,7 +24,7 @@ import idefics_qlora as iq
 from idefics_qlora import cli
 from idefics_qlora.data.captions import QUESTION
 from idefics_qlora.evaluation.metrics import BY_NAME
-from idefics_qlora.settings import MetricName, sections
+from idefics_qlora.fields import MetricName, sections
 
 ROOT = Path(__file__).parents[1]
 RUN = """

@@ -26,7 +26,7 @@ FLOORS = (
     ("training",),
     ("sharing",),
     ("tiny",),
-    ("__init__", "told", "settings", "cli", "__main__"),
+    ("__init__", "told", "fields", "settings", "cli", "__main__"),
 )
 """Rooms, and files at the root, from the top to the bottom."""
 
