@@ -1,8 +1,9 @@
-"""The IDEFICS fine-tuning tutorial on today's libraries: idefics-9b learns to describe cards.
+"""The IDEFICS fine-tuning tutorial on today's libraries: a model learns to describe cards.
 
     python examples/finetune_pokemon_cards.py                      # as the tutorial: one GPU, Hub
     python examples/finetune_pokemon_cards.py --max-steps 400 --micro-batch-size 8
-    python examples/finetune_pokemon_cards.py --checkpoint FOLDER --dataset FOLDER    # offline
+    python examples/finetune_pokemon_cards.py --model HuggingFaceM4/idefics2-8b
+    python examples/finetune_pokemon_cards.py --model FOLDER --dataset FOLDER         # offline
 
 Every number of the tutorial is a flag with the tutorial's value as its default. Start it again
 after an interruption and it goes on from the newest checkpoint.
@@ -29,7 +30,7 @@ from idefics_qlora.images.prefetch import prefetch_images
 def main(arguments: list[str] | None = None) -> iq.TrainResult:
     """Caption a held-out card, train, caption it again."""
     options = parse(arguments)
-    model, processor = iq.load_model(options.checkpoint)
+    model, processor = iq.load_model(options.model)
     model = iq.add_lora(
         model,
         LoraConfig(
@@ -116,7 +117,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         kind = {} if isinstance(default, bool) else {"type": type(default)}
         parser.add_argument(f"--{name}", default=default, help=text, **kind, **more)
 
-    flag("checkpoint", "HuggingFaceM4/idefics-9b", "base model: Hub id or folder")
+    base = "base model of any family: Hub id or folder"
+    parser.add_argument("--model", "--checkpoint", default="HuggingFaceM4/idefics-9b", help=base)
     flag("dataset", "TheFusion21/PokemonCards", "dataset: Hub id or folder")
     flag("split", "train", "split of the dataset")
     flag("test-size", 0.002, "share of the cards held out")

@@ -192,6 +192,7 @@ class RowReader:
         (tokens,) = self.collator.prompt_tokens([example.prompt])
         if len(pixels) < len(prompt_images(example.prompt)):  # `max_length` cut a dialogue
             pixels = self.collator.pixels(example.prompt)
+        tokens = self.collator.placed(tokens, pixels)
         right = example.references or (example.completion,)
         return Question(number, tokens, pixels, tuple(text.strip() for text in right))
 

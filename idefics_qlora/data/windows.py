@@ -22,8 +22,9 @@ class Question:
 
     row: int
     tokens: Tokens
+    """Images placed."""
     pixels: list[Tensor]
-    """Its images, (3, S, S) uint8."""
+    """Its images, (3, H, W) uint8."""
     references: tuple[str, ...]
     """The example's, or its completion; without white space at the ends."""
 

@@ -103,12 +103,15 @@ def materialize(model: nn.Module, dtype: torch.dtype, nested: bool = True) -> No
         # peft (for DoRA) knows quantised weights by their class, which no tensor without data can
         # have; a layer with this attribute is asked for them itself.
         layer.W_q, layer.dequantize = None, partial(_dequantized, layer)
+    made: dict[Parameter, Parameter] = {}  # head and embeddings may be one
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.device.type == "meta":
                 of = torch.float32 if parameter.requires_grad else dtype
-                value = Parameter(torch.empty(parameter.shape, dtype=of), parameter.requires_grad)
-                setattr(module, name, value)
+                if parameter not in made:
+                    value = torch.empty(parameter.shape, dtype=of)
+                    made[parameter] = Parameter(value, parameter.requires_grad)
+                setattr(module, name, made[parameter])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import every_family
 from PIL import Image
 
 import idefics_qlora as iq
@@ -13,6 +14,7 @@ from idefics_qlora.model.precision import set_compute_dtype
 QUESTION = "Question: What's on the picture? Answer:"
 
 
+@every_family
 def test_batches_give_what_single_prompts_give(base, processor, picture, cards):
     """Left padding, several images, text alone and text before images do not disturb each other."""
     set_compute_dtype(base, torch.float32)  # rounding in fp16 could turn a near tie
@@ -58,6 +60,7 @@ def test_image_tokens_are_never_produced(base, processor, picture):
     assert IMAGE_TOKEN not in text
 
 
+@every_family
 def test_it_stops_at_the_end_token(base, processor, picture):
     """A model that says the end token says nothing more."""
     end = processor.tokenizer.eos_token_id

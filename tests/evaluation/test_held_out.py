@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import config_of, same
+from helpers import config_of, every_family, same
 from steps import snapshot
 from torch.nn import functional as F
 
@@ -12,6 +12,7 @@ import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
 
 
+@every_family
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_evaluating_changes_nothing(base, processor, examples, tmp_path, precision):
     """Train, evaluate, train gives the weights of train, train; dropout goes on where it was."""

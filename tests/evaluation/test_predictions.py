@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from helpers import config_of, encoded, same
+from helpers import config_of, encoded, every_family, same
 from steps import snapshot
 
 import idefics_qlora as iq
@@ -19,6 +19,7 @@ def answers_of(base, processor, examples, **options):
     return [text.strip() for text in iq.generate(base, processor, prompts, **options)]
 
 
+@every_family
 def test_a_metric_gets_what_generate_says(base, processor, examples, tmp_path):
     """Every row once, in order, its references or its completion, without white space around."""
     several = iq.Example(examples[1].prompt, examples[1].completion, references=(" a", "b "))
@@ -199,6 +200,7 @@ def test_memory_that_does_not_suffice(base, processor, examples, caplog):
     hook.remove()
 
 
+@every_family
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_answering_does_not_change_training(base, processor, examples, tmp_path, precision):
     """The weights are those of a run without metrics to the bit, dropout goes on where it was."""

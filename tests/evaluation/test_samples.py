@@ -5,15 +5,18 @@ from functools import partial
 
 import helpers
 import torch
+from helpers import every_family
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
+from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.captions import pokemon_card_example
 from idefics_qlora.model.adapters import trainable_parameters
 
 config_of = partial(helpers.config_of, max_steps=2, global_batch_size=4)
 
 
+@every_family
 def test_samples_are_captioned_at_every_evaluation(lora, processor, cards, tmp_path):
     """The same rows, with picture, target, text and step, in the history and in the checkpoint."""
     config = config_of(
@@ -31,11 +34,13 @@ def test_samples_are_captioned_at_every_evaluation(lora, processor, cards, tmp_p
             assert sample["target"].startswith(f" This is {card['name']}.")
             assert isinstance(sample["text"], str)
             (file,) = sample["images"]
-            assert iq.images.open_image(tmp_path / file).size == (64, 64)
+            (seen,) = Collator(processor).pixels([card["image"]])
+            assert iq.images.open_image(tmp_path / file).size == (seen.shape[2], seen.shape[1])
     saved = load_checkpoint(tmp_path / "checkpoint-2").state["log_history"]
     assert [r for r in saved if "eval_samples" in r] == records
 
 
+@every_family
 def test_evaluation_extras_do_not_change_training(base, processor, cards, tmp_path):
     """Captioning and the image check leave the weights to the bit."""
     ends = []

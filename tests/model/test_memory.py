@@ -10,6 +10,7 @@ import bitsandbytes as bnb
 import memory as benchmark
 import pytest
 import torch
+from helpers import every_family
 from peft import LoraConfig
 from random_model import configuration, random_4bit_model
 from torch.autograd.graph import saved_tensors_hooks
@@ -107,9 +108,10 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+@every_family
 def test_weights_are_counted_to_the_byte(base):
     """NF4 weights with their statistics, and the rest, as in a model that was really loaded."""
-    estimate = estimate_memory(iq.tiny.BASE, nested_constants=True)
+    estimate = estimate_memory(base.name_or_path, nested_constants=True)
     layers = [m for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)]
     quantized = []
     for layer in layers:
@@ -121,9 +123,11 @@ def test_weights_are_counted_to_the_byte(base):
     assert estimate.other_weights == rounded([*rest, *base.buffers()])
 
 
+@every_family
 def test_adapters_and_optimizer_are_counted_to_the_byte(lora, tmp_path):
     """Adapters, their gradients and the 8-bit states, as in a step that was really made."""
-    estimate = estimate_memory(iq.tiny.BASE)
+    name = lora.get_base_model().name_or_path
+    estimate = estimate_memory(name)
     trainable = list(trainable_parameters(lora).values())
     assert estimate.adapters == estimate.gradients == rounded(trainable)
 
@@ -131,14 +135,15 @@ def test_adapters_and_optimizer_are_counted_to_the_byte(lora, tmp_path):
     tensors, _ = optimizer.state_by_name()
     states = [t for key, t in tensors.items() if not key.rpartition("::")[2].startswith("qmap")]
     assert estimate.optimizer == sum(t.nbytes for t in states)
-    plain = estimate_memory(iq.tiny.BASE, optim="adamw_torch")
+    plain = estimate_memory(name, optim="adamw_torch")
     assert plain.optimizer == 2 * sum(p.nbytes for p in trainable)
 
 
+@every_family
 def test_unquantised_weights_are_counted(base):
     """quantize=False: every frozen weight in the compute dtype, none in 4 bits."""
-    estimate = estimate_memory(iq.tiny.BASE, quantize=False)
-    model, _ = iq.tiny.load_model(device="cpu", quantize=False)
+    estimate = estimate_memory(base.name_or_path, quantize=False)
+    model, _ = iq.load_model(base.name_or_path, device="cpu", quantize=False)
     assert estimate.quantized_weights == 0
     assert estimate.other_weights == rounded([*model.parameters(), *model.buffers()])
 

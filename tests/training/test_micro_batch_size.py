@@ -8,10 +8,11 @@ from functools import partial
 import helpers
 import pytest
 import torch
-from helpers import differences, same
+from helpers import differences, every_family, same
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint, save_checkpoint
+from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.order import epoch_order
 from idefics_qlora.model.adapters import adapter_tensors
 from idefics_qlora.model.memory import estimate_memory
@@ -28,6 +29,7 @@ config_of = partial(
 )
 
 
+@every_family
 def test_out_of_memory_halves_the_micro_batch(base, processor, examples, tmp_path, caplog):
     """The window is done again in smaller parts, what the failed try had added is discarded, and
     the end is that of a run which had the smaller size from the start."""
@@ -52,6 +54,7 @@ def test_out_of_memory_halves_the_micro_batch(base, processor, examples, tmp_pat
     assert same(*results)
 
 
+@every_family
 def test_out_of_memory_with_one_example_is_an_error(lora, processor, examples, tmp_path):
     """There is nothing left to halve: the error says what is needed and what can be done."""
 
@@ -74,10 +77,6 @@ def test_auto_is_two_on_a_cpu(lora, processor, examples, tmp_path):
         )
         result = iq.train(lora, processor, examples, config=config)
         assert result.metrics["micro_batch_size"] == min(2, number)
-
-
-LONG = 80
-"""Text tokens that only one row has; two rows that long do not fit into the memory."""
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +109,17 @@ def train_limited(base, processor, rows, config, most):
     return tried[:-1], result
 
 
-def for_the_long_one(tokens):
+@pytest.fixture
+def long_row(processor, rows):
+    """Text tokens that only one row has; two rows that long do not fit into the memory."""
+    *_, longest = sorted(Collator(processor)([row]).input_ids.shape[1] for row in rows)
+    return longest - 20
+
+
+@pytest.fixture
+def for_the_long_one(long_row):
     """Memory for one long example, or for two of the others."""
-    return 1 if tokens >= LONG else 2
+    return lambda tokens: 1 if tokens >= long_row else 2
 
 
 def limited_config(folder, **changes):
@@ -123,7 +130,10 @@ def limited_config(folder, **changes):
 WHOLE, SPLIT = [(2, True)] * 2, [(1, True)] * 4
 
 
-def test_auto_splits_a_long_window_alone(base, processor, rows, tmp_path, caplog):
+@every_family
+def test_auto_splits_a_long_window_alone(
+    base, processor, rows, for_the_long_one, long_row, tmp_path, caplog
+):
     """The run's size stays; later windows that are as long are split before they are tried."""
     config = limited_config(tmp_path)
     windows, result = train_limited(base, processor, rows, config, for_the_long_one)
@@ -134,11 +144,12 @@ def test_auto_splits_a_long_window_alone(base, processor, rows, tmp_path, caplog
     assert result.metrics["micro_batch_size"] == 2
     assert caplog.text.count("out of memory") == 1
     ((tokens, images),) = load_checkpoint(tmp_path / "checkpoint-6").state["too_large"]
-    assert tokens >= 2 * LONG
-    assert images == 2
+    assert tokens >= 2 * long_row
+    tiles = Collator(processor)(rows[:1]).vision.tensors()["pixel_values"].shape[1]
+    assert images == 2 * tiles
 
 
-def test_a_number_is_halved_for_good(base, processor, rows, tmp_path):
+def test_a_number_is_halved_for_good(base, processor, rows, for_the_long_one, tmp_path):
     """With an explicit micro_batch_size the run goes on with half."""
     config = limited_config(tmp_path, micro_batch_size=2)
     windows, result = train_limited(base, processor, rows, config, for_the_long_one)
@@ -147,7 +158,10 @@ def test_a_number_is_halved_for_good(base, processor, rows, tmp_path):
     assert result.metrics["micro_batch_size"] == 1
 
 
-def test_resumed_anywhere_the_same_windows_are_split(base, processor, rows, tmp_path):
+@every_family
+def test_resumed_anywhere_the_same_windows_are_split(
+    base, processor, rows, for_the_long_one, tmp_path
+):
     """What did not fit is part of the state: a resumed run tries what the untouched one tries, and
     one that has forgotten it tries the long window whole again (the control)."""
     whole, _ = train_limited(

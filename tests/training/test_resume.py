@@ -9,12 +9,13 @@ import shutil
 
 import pytest
 import torch
-from helpers import differences, without_clocks
+from helpers import differences, every_family, without_clocks
 from peft import LoraConfig
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.checkpoint import save_checkpoint as save
+from idefics_qlora.families import FAMILIES
 from idefics_qlora.model.adapters import adapter_tensors
 from idefics_qlora.training.parts import Counters
 from idefics_qlora.training.state import PARTS, TrainState
@@ -104,7 +105,11 @@ def two_steps(made_once, tmp_path):
     return shutil.copytree(made_once, tmp_path / "two-steps")
 
 
-@pytest.mark.parametrize("kind", ["rows", "overflowing"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*((family, "rows") for family in FAMILIES), ("idefics", "overflowing")],
+    indirect=["family"],
+)
 @pytest.mark.slow
 def test_interrupted_at_every_step(base, processor, kind, request, tmp_path):
     """At each step, in mid-epoch and at its end, after skipped windows, with dropout, crops, fp16
@@ -373,6 +378,7 @@ def test_an_fp16_run_may_go_on_in_bf16(base, processor, rows, two_steps, caplog)
     assert "precision was fp16 and is bf16 now" in caplog.text
 
 
+@every_family
 def test_a_finetuned_model_is_verified(base, processor, rows, tmp_path):
     """A damaged checkpoint, or another base, is refused by name, and nothing is half-loaded."""
     run(base, processor, rows, config_of(tmp_path, max_steps=1, warmup_steps=0))
@@ -380,12 +386,13 @@ def test_a_finetuned_model_is_verified(base, processor, rows, tmp_path):
     model, _ = iq.load_finetuned(folder, device="cpu")
     assert model.peft_config["default"].r == 16
     other = tmp_path / "other"
-    shutil.copytree(iq.tiny.BASE, other)
+    shutil.copytree(base.name_or_path, other)
     from safetensors.torch import load_file, save_file
 
     (weights,) = other.glob("*.safetensors")
     tensors = load_file(weights)
-    tensors["model.embed_tokens.weight"] *= 1.5
+    (embeddings,) = [name for name in tensors if name.endswith("embed_tokens.weight")]
+    tensors[embeddings] *= 1.5
     save_file(tensors, weights, {"format": "pt"})
     with pytest.raises(ValueError, match="trained on another base model than"):
         iq.load_finetuned(folder, base=other, device="cpu")

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from helpers import RUN_FILES, config_of
+from helpers import RUN_FILES, config_of, every_family
 
 import idefics_qlora as iq
 from idefics_qlora.model.adapters import trainable_parameters
@@ -17,6 +17,7 @@ def test_the_last_step_is_evaluated_and_saved(lora, processor, examples, tmp_pat
     assert iq.latest_checkpoint(tmp_path).name == "checkpoint-3"
 
 
+@every_family
 def test_the_best_is_loaded_and_never_deleted(lora, processor, examples, tmp_path):
     """A run that is ruined after its second step keeps that checkpoint and gives it back."""
 
