@@ -1,8 +1,8 @@
 """A process whose children train, and die as they are told: the other side of test_faults.py.
 
-It loads everything once and then, for every line of JSON on its standard input, forks a child that
-trains in the folder named; a line of JSON on its standard output tells how the child ended. The
-children are real processes, killed with SIGKILL; nothing of the library is replaced.
+It loads a family's tiny base once and then, for every line of JSON on its standard input, forks a
+child that trains in the folder named; a line of JSON on its standard output tells how the child
+ended. The children are real processes, killed with SIGKILL; nothing of the library is replaced.
 """
 
 import errno
@@ -26,7 +26,7 @@ FILE_EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
 def main() -> None:
-    model, processor = iq.tiny.load_model(device="cpu")
+    model, processor = iq.tiny.load_model(family=sys.argv[1], device="cpu")
     cards = iq.tiny.creature_cards(10, seed=0)
     print("ready", flush=True)
     for line in sys.stdin:
