@@ -1,10 +1,8 @@
 """Idefics2, Idefics3 and SmolVLM are trained, evaluated and generated from as IDEFICS is."""
 
-import copy
-
 import pytest
 import torch
-from helpers import config_of, differences
+from helpers import config_of
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
@@ -38,32 +36,6 @@ def test_it_learns(lora, processor, rows, tmp_path):
     assert iq.generate(again, processor, [rows[0].prompt]) == iq.generate(
         lora, processor, [rows[0].prompt]
     )
-
-
-def test_a_resumed_run_is_the_same_run(base, processor, rows, tmp_path):
-    """Bit for bit, with dropout and crops, as for IDEFICS."""
-    runs = {}
-    for name, stops in (("whole", [4]), ("resumed", [2, 4])):
-        for steps in stops:
-            model = iq.add_lora(copy.deepcopy(base))
-            config = config_of(
-                tmp_path / name, max_steps=4, save_steps=2, lr_scheduler_type="constant"
-            )
-            if steps < 4:
-                with pytest.raises(RuntimeError, match="enough"):
-                    iq.train(model, processor, rows, config=config, on_log=stop_after(steps))
-            else:
-                iq.train(model, processor, rows, config=config)
-        runs[name] = tmp_path / name / "checkpoint-4"
-    assert differences(runs["whole"], runs["resumed"]) == []
-
-
-def stop_after(steps):
-    def on_log(record):
-        if record["step"] == steps + 1:
-            raise RuntimeError("enough")
-
-    return on_log
 
 
 def test_coverage_names_the_parts(lora, processor, rows, tmp_path, caplog):
