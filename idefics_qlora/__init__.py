@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from idefics_qlora.model.loading import load_finetuned, load_model
     from idefics_qlora.model.memory import MemoryEstimate, estimate_memory
     from idefics_qlora.model.saved_base import save_quantized
+    from idefics_qlora.reporting.page import report
     from idefics_qlora.sharing.merge import merge
     from idefics_qlora.training.diagnostics import DeadAdapters
     from idefics_qlora.training.history import STOP
@@ -60,6 +61,7 @@ _HOMES = {
     "model.loading": ("load_finetuned", "load_model"),
     "model.memory": ("MemoryEstimate", "estimate_memory"),
     "model.saved_base": ("save_quantized",),
+    "reporting.page": ("report",),
     "sharing.merge": ("merge",),
     "training.diagnostics": ("DeadAdapters",),
     "training.history": ("STOP",),
@@ -105,6 +107,7 @@ __all__ = [
     "metrics",
     "pokemon_card_example",
     "preview_batch",
+    "report",
     "save_quantized",
     "tiny",
     "train",

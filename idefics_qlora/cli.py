@@ -140,7 +140,7 @@ def _before_training(error: Exception) -> bool:
     return any(f.f_code in before for f, _ in traceback.walk_tb(error.__traceback__))
 
 
-# --- evaluate, preview, memory --------------------------------------------------------------------
+# --- evaluate, preview, memory, report ------------------------------------------------------------
 
 
 def _evaluate(arguments: list[str]) -> int:
@@ -213,6 +213,17 @@ def _memory(arguments: list[str]) -> int:
     values = _memory_parser().parse_args(arguments).as_dict()
     with wrong():
         print(estimate_memory(base_of(values.pop("checkpoint")), **values))
+    return DONE
+
+
+def _report(arguments: list[str]) -> int:
+    values = _report_parser().parse_args(arguments)
+
+    from idefics_qlora.reporting.page import report
+    from idefics_qlora.settings import wrong
+
+    with wrong():
+        print(report(*values.runs, output=values.output))
     return DONE
 
 
@@ -427,6 +438,17 @@ def _merge_parser() -> ArgumentParser:
     return parser
 
 
+def _report_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"{PROG} report")
+    parser.add_argument("runs", nargs="+", type=str, help="folders of runs")
+    parser.add_argument(
+        "--output", type=str | None, help="the page; left out: report.html in the run's folder"
+    )
+    return parser
+
+
 COMMANDS = {
     "train": _Command(_train, "fine-tune a base on rows", _parser("train")),
     "evaluate": _Command(
@@ -440,4 +462,7 @@ COMMANDS = {
     ),
     "memory": _Command(_memory, "estimate the GPU memory of a training", _memory_parser),
     "merge": _Command(_merge, "put an adapter into the weights of its base", _merge_parser),
+    "report": _Command(
+        _report, "write the page of a run anew, or one of several side by side", _report_parser
+    ),
 }

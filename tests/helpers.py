@@ -35,8 +35,13 @@ def config_of(folder, **changes):
     return iq.TrainConfig(**{**settings, **changes})
 
 
-RUN_FILES = {"config.yaml", "environment.json", "log.jsonl", "last", "result.json"}
+RUN_FILES = {
+    *("config.yaml", "environment.json", "log.jsonl", "last", "result.json"),
+    "report.html",
+}
 """What each run that has come to its end writes beside its checkpoints."""
+EVALUATED = {*RUN_FILES, "best", "gallery"}
+"""The same, of a run with held-out rows."""
 CLOCKS = ("seconds", "data_wait_s", "generate_s", "runtime", "per_second")
 """Ends of the names of what is measured, and differs between two equal runs."""
 PLACES = ("output_dir", "resume", "num_workers")

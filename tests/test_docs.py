@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from pages import write_run
 
 import idefics_qlora as iq
 from idefics_qlora import cli
@@ -57,7 +58,11 @@ def given(cards, request):
 
 
 def lay_out_files(cards):
-    """What a block that needs ``files`` finds: folders of pictures as its page describes them."""
+    """What a block that needs ``files`` finds: folders of pictures, and of runs, as its page
+    describes them."""
+    if not Path("runs").exists():
+        for name in ("mine", "other"):
+            write_run(Path("runs", name), [{"step": 1, "loss": 1.0}])
     places = [("train", 0), ("train", 1), ("train", 2), ("val", 0), ("val", 1)]
     for card, (of, number) in zip(cards, places, strict=False):
         kind, name = ("leaf", "spark")[number % 2], f"{number}.png"

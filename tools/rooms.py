@@ -23,6 +23,7 @@ FLOORS = (
     ("data",),
     ("model",),
     ("evaluation",),
+    ("reporting",),
     ("training",),
     ("sharing",),
     ("tiny",),

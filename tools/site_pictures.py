@@ -1,10 +1,12 @@
 """Draw the pictures of the documentation from a real run of the embedded model.
 
-    python tools/site_pictures.py          # trains for some minutes, writes docs/pictures/*.svg
+    python tools/site_pictures.py          # trains for some minutes, writes docs/pictures
 
 ``terminal.svg`` is what a terminal of 100 columns showed at the end of the run, ``loss.svg`` its
 ``log.jsonl``, ``samples.svg`` its ``samples.jsonl``, and ``preview.svg`` what ``preview_batch``
-prints of a row. Nothing in them is written by hand. Not on Windows, which has no pseudo-terminal.
+prints of a row. ``report.webp`` and ``report_phone.webp`` are its ``report.html`` in a browser, on
+a desktop and, in the dark, on a phone; without a browser they stay as they are. Nothing in them is
+written by hand. Not on Windows, which has no pseudo-terminal.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 from termios import TIOCSWINSZ
 from typing import Any
 
+import browser
 import transformers
 
 import idefics_qlora as iq
@@ -49,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         shown = in_terminal(folder, options.max_steps)
         records = lines_of(Path(folder) / "runs/cards/log.jsonl")
         samples = samples_over_steps(Path(folder) / "runs/cards")
+        report(Path(folder) / "runs/cards/report.html", options.output)
     pictures = {
         "terminal": terminal(shown),
         "preview": terminal(preview().splitlines()),
@@ -136,6 +140,24 @@ def preview() -> str:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         shown = iq.preview_batch(processor, rows, iq.pokemon_card_example, image_dir=folder)
         return shown.text(COLUMNS, False).replace(folder, "preview")
+
+
+def report(page: Path, output: Path) -> None:
+    """The page of the run as a browser shows it."""
+    if browser.find() is None:
+        print("no browser: the pictures of the report stay as they are", file=sys.stderr)
+        return
+    with browser.Browser() as opened:
+        opened.open(page)
+        opened.evaluate("document.querySelector('.plot').focus()")
+        for _ in range(12):  # to a step in the middle of the first chart
+            opened.press("ArrowLeft")
+        opened.picture(output / "report.webp", height=1400)
+        opened.open(page, browser.PHONE, dark=True)
+        top = opened.evaluate(
+            "document.querySelector('#gallery').getBoundingClientRect().top + scrollY"
+        )
+        opened.picture(output / "report_phone.webp", top=top, height=1000)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from idefics_qlora.config import LossOn, OnBadRow, check_whole
 from idefics_qlora.data.bad_rows import BadRows
-from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.batches import IGNORE, Collator
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.order import EvalBatches
 from idefics_qlora.data.rows import RowReader, Rows
@@ -114,6 +115,7 @@ def mean_loss(
     device: torch.device,
     bad_rows: BadRows,
     answers: Answers,
+    row_losses: dict[int, float] | None = None,
 ) -> dict[str, Any]:
     """Loss per target token over all windows together; otherwise as :func:`evaluate`.
 
@@ -123,10 +125,12 @@ def mean_loss(
         device: The model's.
         bad_rows: Takes down the rows that cannot be used.
         answers: Asked the questions of each window; its time is not counted.
+        row_losses: Receives the loss per target token of each row, by its number.
     """
     started = time.perf_counter()
     num_batches = num_examples = num_targets = num_bad = 0
     total = torch.zeros((), dtype=torch.float64, device=device)
+    of_rows: list[tuple[tuple[int, ...], Tensor, Tensor]] = []  # numbers, losses, targets
     with (
         evaluation_mode(model),
         loading as windows,
@@ -142,8 +146,13 @@ def mean_loss(
             num_examples += len(window.rows)
             num_targets += window.num_targets
             batch = window.batch.to(device)
-            total += predictions(model, batch).summed()
-            del batch  # before there is another
+            predicted = predictions(model, batch)
+            total += predicted.summed()
+            if row_losses is not None:
+                numbers, labels = window.batch_rows, window.batch.labels
+                targets = (labels[:, 1:] != IGNORE).sum(1)
+                of_rows.append((numbers, predicted.by_example(len(numbers)), targets))
+            del batch, predicted  # before there is another
             if window.questions:
                 total.item()  # sync
                 asked = time.perf_counter()
@@ -155,6 +164,9 @@ def mean_loss(
         started += time.perf_counter() - asked
     bad_rows.check_share(num_bad, num_bad + num_examples, FEW_ROWS if num_examples else 0)
     loss = total.item() / num_targets  # sync
+    if row_losses is not None:
+        for numbers, losses, targets in of_rows:
+            row_losses.update(zip(numbers, (losses.cpu() / targets).tolist(), strict=True))
     seconds = time.perf_counter() - started
     record = {
         "eval_loss": loss,

@@ -16,6 +16,7 @@ from idefics_qlora.evaluation.held_out import mean_loss
 from idefics_qlora.evaluation.image_use import image_use
 from idefics_qlora.evaluation.predictions import Answers, keep_answers
 from idefics_qlora.evaluation.samples import EvalSamples
+from idefics_qlora.training.gallery import Gallery
 from idefics_qlora.training.inputs import ROWS_CHECKED, Inputs
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Evaluations:
         device: The model's.
         loading: Loads batches as the run's settings say.
         bad_rows: Takes down the rows that cannot be used.
+        gallery: Keeps what the report shows of them.
     """
 
     def __init__(
@@ -39,10 +41,11 @@ class Evaluations:
         device: torch.device,
         loading: Callable[..., Loading[Any]],
         bad_rows: BadRows,
+        gallery: Gallery,
     ) -> None:
         assert inputs.held_out is not None
         self._inputs, self._held_out, self._device = inputs, inputs.held_out, device
-        self._folder = folder
+        self._folder, self._gallery = folder, gallery
         self._loading, self._bad_rows = loading, bad_rows
         self._samples = None
         if num := inputs.config.eval_samples:
@@ -60,7 +63,8 @@ class Evaluations:
         config, model = self._inputs.config, self._inputs.model
         answers = Answers(model, self._held_out.reader.collator, config.eval_max_new_tokens)
         loading = self._loading(self._held_out)
-        record = mean_loss(model, loading, self._device, self._bad_rows, answers)
+        losses: dict[int, float] = {}
+        record = mean_loss(model, loading, self._device, self._bad_rows, answers, losses)
         if config.eval_predictions:
             keep_answers(self._folder / "predictions.jsonl", step, answers.lines)
         if self._held_out.num_asked:
@@ -69,6 +73,7 @@ class Evaluations:
             record |= self._image_use(self._held_out.reader)
         if self._samples is not None:
             record["eval_samples"] = self._samples.caption(model, config.eval_batch_size)
+        self._gallery.evaluated(losses, record.get("eval_samples", ()))
         return record
 
     def _image_use(self, reader: RowReader) -> dict[str, float]:

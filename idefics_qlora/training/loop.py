@@ -145,6 +145,8 @@ def finish_step(run: Run) -> None:
     state.finished_step = state.global_step
     if state.is_over or due(state.global_step, config.save_steps):
         run.saving.save(evaluation)
+    if evaluation is not None:
+        run.report()
 
 
 @dataclass(frozen=True)

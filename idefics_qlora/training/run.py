@@ -6,8 +6,9 @@ The loop itself is in ``loop.py``; a :class:`Run` does for it all that is no mat
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from idefics_qlora.model.precision import (
 from idefics_qlora.notices import advising
 from idefics_qlora.process import StopSignals
 from idefics_qlora.progress import showing_run
+from idefics_qlora.reporting.page import keep_report
 from idefics_qlora.training.diagnostics import (
     too_small_a_rate,
     unmoved_modules,
@@ -40,6 +42,7 @@ from idefics_qlora.training.diagnostics import (
 from idefics_qlora.training.divergence import divergence
 from idefics_qlora.training.evaluations import Evaluations
 from idefics_qlora.training.flat import FlatAdamW
+from idefics_qlora.training.gallery import Gallery
 from idefics_qlora.training.history import History
 from idefics_qlora.training.incoming import Incoming
 from idefics_qlora.training.inputs import Inputs, workers_of
@@ -60,6 +63,9 @@ from idefics_qlora.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
+REPORT_COSTS = 20
+"""Times as long as a report takes to make there is none between two."""
+
 
 class Run:
     """A run from its beginning or its newest checkpoint on, in a folder that it has to itself.
@@ -69,7 +75,7 @@ class Run:
         folder: ``output_dir``, resolved.
         on_log: Called with every log record; it may return ``STOP``.
         stop: Knows whether a signal has asked the run to stop.
-        background: Deletes old checkpoints.
+        background: Deletes old checkpoints, and makes the report.
         cleanup: When it is over, the model is an ordinary one again.
     """
 
@@ -146,9 +152,14 @@ class Run:
         )
         around = inputs, self.state, self._clock, self.saving
         self.incoming = Incoming(*around, loading, num_workers, bad_rows)
-        self._evaluations = None
+        self._evaluations = self._gallery = None
         if inputs.held_out is not None:
-            self._evaluations = Evaluations(inputs, folder, device, loading, bad_rows)
+            self._gallery = Gallery(inputs, folder, self.state)
+            looking = inputs, folder, device, loading, bad_rows, self._gallery
+            self._evaluations = Evaluations(*looking)
+        self._folder, self._background = folder, background
+        self._report: Future[float] | None = None
+        self._reported = 0.0
         self._marks = weight_marks(self._trainable)
         model.train()
 
@@ -192,6 +203,20 @@ class Run:
             self.saving.save_if_new()
             raise
         return record
+
+    def report(self, is_last: bool = False) -> None:
+        """Have the run's page made anew of its files, beside training.
+
+        Only the last is sure to be made: of a long log each takes a while, which training shall not
+        feel.
+        """
+        if self._report is not None and not is_last:
+            if not self._report.done():
+                return
+            if time.monotonic() - self._reported < REPORT_COSTS * self._report.result():
+                return
+        self._reported = time.monotonic()
+        self._report = self._background.submit(keep_report, self._folder)
 
     def failed(self, window: Window, error: Exception) -> str:
         """Save the state before a window whose step failed; tells of it, and of the window."""
@@ -237,6 +262,8 @@ class Run:
         if state.is_over and self.config.load_best_model_at_end:
             self.saving.load_best()
             held = state.best_step
+        if state.is_over:
+            self.saving.rotate()
         model.eval()
         if summary := str(self.notices):
             logger.warning("%s", summary)
@@ -249,6 +276,10 @@ class Run:
             fp16_ledger=fp16_ledger(state),
             stopped_by=None if state.global_step >= state.total_steps else self.stopped_by,
         )
-        self._files.end(result)
+        diagnostics = {"warnings": dict(self.notices.counts), "unmoved_adapters": still}
+        self._files.end(result, diagnostics)
+        if self._gallery is not None and state.is_over:
+            self._gallery.ended(state.global_step if held is None else held)
+        self.report(is_last=True)
         self.progress.tell(*result.last_words(self.config, state.total_steps))
         return result

@@ -7,6 +7,8 @@
 ``samples.jsonl``         what the model said of the samples, a line for each at each evaluation
 ``best``, ``last``        one line that names a checkpoint (``checkpoint.py``)
 ``result.json``           what the run came to; not there while it has not ended
+``gallery``               pictures and captions of some rows (``gallery.py``)
+``report.html``           the page made of all these (``reporting``)
 ========================  =====================================================================
 
 None of them is read by training. What cannot be written is told once, and the run goes on.
@@ -39,13 +41,13 @@ from idefics_qlora.evaluation.metrics import BY_NAME
 from idefics_qlora.images.access import DEFAULT_ACCESS
 from idefics_qlora.machine import environment
 from idefics_qlora.model.adapters import RECIPE, adapter_config
+from idefics_qlora.reporting.folder import CONFIG, ENVIRONMENT, LOG, RESULT, SAMPLES
 from idefics_qlora.training.inputs import Inputs
 from idefics_qlora.training.result import TrainResult
 from idefics_qlora.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-LOG, SAMPLES, RESULT = "log.jsonl", "samples.jsonl", "result.json"
 _OF_PEFT = {
     *("peft_type", "auto_mapping", "task_type", "inference_mode", "peft_version"),
     *("base_model_name_or_path", "revision"),
@@ -73,8 +75,8 @@ class RunFiles:
             line, samples = _lines(record)
             logged += line
             said += samples
-        self._write("config.yaml", config_yaml(state, inputs).encode())
-        self._write("environment.json", json_bytes(environment()))
+        self._write(CONFIG, config_yaml(state, inputs).encode())
+        self._write(ENVIRONMENT, json_bytes(environment()))
         self._write(LOG, logged)
         if said or (folder / SAMPLES).exists():
             self._write(SAMPLES, said)
@@ -91,9 +93,9 @@ class RunFiles:
                 with self._telling(name), (self._folder / name).open("ab", buffering=0) as file:
                     file.write(content)  # at once, in one piece
 
-    def end(self, result: TrainResult) -> None:
+    def end(self, result: TrainResult, diagnostics: Mapping[str, Any]) -> None:
         """Write what the run came to, unless it had ended with the same before."""
-        values = asdict(result)
+        values = {**asdict(result), "diagnostics": dict(diagnostics)}
         del values["log_history"]
         best = result.best_checkpoint
         values["best_checkpoint"] = None if best is None else best.name

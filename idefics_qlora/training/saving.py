@@ -93,9 +93,13 @@ class Saving:
         else:
             self.saved_step, self._saved_records = state.global_step, self._records()
             self._point()
-            protected = {state.global_step, state.best_step}
-            keep = self._config.save_total_limit
-            rotate(self._folder, keep, protected, state.run, self._background)
+            self.rotate()
+
+    def rotate(self) -> None:
+        """Delete old checkpoints, those too that a process was killed before it could delete."""
+        protected = {self._state.global_step, self._state.best_step}
+        keep, run = self._config.save_total_limit, self._state.run
+        rotate(self._folder, keep, protected, run, self._background)
 
     def _point(self) -> None:
         try:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import RUN_FILES, same, tensors_of, without_clocks
+from helpers import EVALUATED, same, tensors_of, without_clocks
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
@@ -177,7 +177,7 @@ def test_a_full_disk_need_not_stop_the_run(victim):
     assert code == 0, victim.log("continue")
     assert victim.log("continue").count("training goes on and tries again later") == 2
     saved = {path.name for path in (victim.folder / "continue").iterdir()}
-    assert saved == {*(f"checkpoint-{step}" for step in (1, 2, 5, 6)), *RUN_FILES, "best"}
+    assert saved == {*(f"checkpoint-{step}" for step in (1, 2, 5, 6)), *EVALUATED}
     assert same(victim.end("continue"), victim.end("whole"))
 
 
@@ -189,7 +189,7 @@ def test_a_write_that_breaks_off(victim):
     assert "allow larger files" in victim.log("short")
     assert "make room" not in victim.log("short")
     there = {path.name for path in (victim.folder / "short").iterdir()}
-    assert there == {"config.yaml", "environment.json", "log.jsonl"}
+    assert there == {"config.yaml", "environment.json", "log.jsonl", "gallery"}
     assert victim.train("short") == 0
     assert same(victim.end("short"), victim.end("whole"))
 

@@ -1,9 +1,11 @@
 """When a run saves, which checkpoints stay, and which is the best."""
 
+import copy
+import dataclasses
 import os
 
 import pytest
-from helpers import RUN_FILES, config_of, every_family
+from helpers import EVALUATED, config_of, every_family
 
 import idefics_qlora as iq
 from idefics_qlora.model.adapters import trainable_parameters
@@ -43,7 +45,7 @@ def test_the_best_is_loaded_and_never_deleted(lora, processor, examples, tmp_pat
     best = 1 + evaluations.index(min(evaluations))
     assert best <= 2
     checkpoints = {f"checkpoint-{best}", "checkpoint-5"}
-    assert {p.name for p in tmp_path.iterdir()} == {*checkpoints, *RUN_FILES, "best"}
+    assert {p.name for p in tmp_path.iterdir()} == {*checkpoints, *EVALUATED}
     loss = iq.evaluate(lora, processor, examples[:4])["eval_loss"]
     assert loss == pytest.approx(min(evaluations), rel=1e-6)
 
@@ -75,3 +77,13 @@ def test_clocks_may_jump(base, processor, examples, tmp_path, monkeypatch):
     assert kept == {f"checkpoint-{best if best < 6 else 5}", "checkpoint-6"}
     assert iq.latest_checkpoint(tmp_path).name == "checkpoint-6"
     assert result.metrics["train_runtime"] > 0
+
+
+def test_what_was_left_to_delete_goes_at_the_next_start(base, processor, examples, tmp_path):
+    """A process that is killed between its last save and the deletion of older ones."""
+    config = config_of(tmp_path, max_steps=3, save_steps=1, save_total_limit=None)
+    iq.train(iq.add_lora(copy.deepcopy(base)), processor, examples, config=config)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 3
+    config = dataclasses.replace(config, save_total_limit=2)
+    iq.train(iq.add_lora(base), processor, examples, config=config)
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}

@@ -1,0 +1,135 @@
+"""The files of a run's folder, read as far as they go: a run may be under way, or killed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from idefics_qlora.config import TrainConfig
+from idefics_qlora.model.adapters import RECIPE
+
+LOG, SAMPLES, RESULT = "log.jsonl", "samples.jsonl", "result.json"
+CONFIG, ENVIRONMENT, BAD_ROWS = "config.yaml", "environment.json", "bad_rows.jsonl"
+GALLERY, GALLERY_ROWS = "gallery", "gallery/rows.json"
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a run's folder tells; what is missing or torn is empty."""
+
+    path: Path
+    log: list[dict[str, Any]]
+    """Log records, in order; each has a ``step``."""
+    samples: list[dict[str, Any]]
+    """What the model said of the samples at each evaluation."""
+    gallery: dict[str, Any]
+    """Held-out rows with pictures and captions, and those of the highest loss."""
+    result: dict[str, Any]
+    """What the run came to; empty while it has not ended."""
+    settings: dict[str, dict[str, Any]]
+    """The sections of its configuration."""
+    environment: dict[str, Any]
+    bad_rows: list[dict[str, Any]]
+    best: str
+    """Name of the best checkpoint, empty if none is known."""
+    last: str
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """Settings that are not the defaults, by ``section.name``; all there are of the others."""
+        found = {
+            f"{section}.{name}": value
+            for section in ("model", "lora", "data")
+            for name, value in self.settings.get(section, {}).items()
+            if section != "lora" or name not in RECIPE or value != RECIPE[name]
+        }
+        defaults = {f.name: _plain(f.default) for f in fields(TrainConfig)}
+        for name, value in self.settings.get("train", {}).items():
+            if defaults.get(name) is not MISSING and value != defaults.get(name):
+                found[name] = value
+        return found
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """All settings, by the same names."""
+        recipe = {f"lora.{name}": value for name, value in RECIPE.items()}
+        train = {f.name: _plain(f.default) for f in fields(TrainConfig)}
+        return {**recipe, **train, **self.settings.get("train", {}), **self.changed}
+
+
+def read_run(path: Path) -> RunFolder:
+    """Read a run's folder.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not (path / LOG).is_file():
+        why = "it has no log.jsonl" if path.is_dir() else "there is no such folder"
+        raise ValueError(
+            f"{path}: {why}: expected the output_dir of a run (one of 0.1 gets its log when it "
+            "goes on)"
+        )
+    settings = {}
+    with suppress(OSError, yaml.YAMLError, RecursionError):
+        settings = yaml.safe_load(_text(path / CONFIG))
+    sections = settings.items() if isinstance(settings, dict) else ()
+    return RunFolder(
+        path=path,
+        log=[record for record in _lines(path / LOG) if isinstance(record.get("step"), int)],
+        samples=[s for s in _lines(path / SAMPLES) if isinstance(s.get("step"), int)],
+        gallery=_mapping(path / GALLERY_ROWS),
+        result=_mapping(path / RESULT),
+        settings={name: values for name, values in sections if isinstance(values, dict)},
+        environment=_mapping(path / ENVIRONMENT),
+        bad_rows=list(_lines(path / BAD_ROWS)),
+        best=_text(path / "best").strip(),
+        last=_text(path / "last").strip(),
+    )
+
+
+def number(value: Any) -> float | None:
+    """A value that is a finite number, as one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    with suppress(OverflowError):
+        return float(value) if math.isfinite(value) else None
+    return None
+
+
+def mappings(value: Any) -> list[dict[str, Any]]:
+    """The mappings in what should be a list of them."""
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+
+
+def _plain(value: Any) -> Any:
+    """A default as a configuration file has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _text(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    with suppress(ValueError, RecursionError):
+        if isinstance(value := json.loads(_text(path)), dict):
+            return value
+    return {}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; a line that is being written is passed over."""
+    for line in _text(path).split("\n"):
+        with suppress(ValueError, RecursionError):
+            if isinstance(value := json.loads(line), dict):
+                yield value
