@@ -343,7 +343,7 @@ def test_the_command_says_nothing_else():
         ({"images": 1.5}, "images=1.5: expected a whole number of at least 0"),
         ({"images": -1}, "images=-1: expected a whole number of at least 0"),
         ({"micro_batch": -1}, "micro_batch=-1: expected a whole number"),
-        ({"precision": "int8"}, "precision='int8': expected one of fp16, bf16, fp32"),
+        ({"precision": "int8"}, "precision='int8': expected one of auto, fp16, bf16, fp32"),
         ({"optim": "sgd"}, "optim='sgd': expected one of paged_adamw_8bit, adamw_torch"),
     ],
 )
