@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from idefics_qlora.model.saved_base import save_quantized
     from idefics_qlora.reporting.page import report
     from idefics_qlora.sharing.merge import merge
+    from idefics_qlora.sharing.push import push
     from idefics_qlora.training.diagnostics import DeadAdapters
     from idefics_qlora.training.history import STOP
     from idefics_qlora.training.loop import train
@@ -63,6 +64,7 @@ _HOMES = {
     "model.saved_base": ("save_quantized",),
     "reporting.page": ("report",),
     "sharing.merge": ("merge",),
+    "sharing.push": ("push",),
     "training.diagnostics": ("DeadAdapters",),
     "training.history": ("STOP",),
     "training.loop": ("train",),
@@ -107,6 +109,7 @@ __all__ = [
     "metrics",
     "pokemon_card_example",
     "preview_batch",
+    "push",
     "report",
     "save_quantized",
     "tiny",

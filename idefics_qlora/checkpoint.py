@@ -5,7 +5,8 @@ A ``checkpoint-N`` folder holds
 - ``adapter_model.safetensors`` and ``adapter_config.json``: the adapter in ``peft``'s own format;
 - ``optimizer.safetensors`` and ``rng.safetensors``: tensors the loop needs to go on;
 - ``state.json``: everything else it needs, readable;
-- ``manifest.json``: size and SHA-256 of every other file, written last.
+- ``manifest.json``: size and SHA-256 of every file above, written last;
+- ``README.md``: the model card, for people: nothing reads it, and it may be edited.
 
 More than 400 lines: what is written, how it is read, and what must not be deleted belong together.
 
@@ -48,6 +49,9 @@ OPTIMIZER = "optimizer.safetensors"
 RNG = "rng.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
+CARD = "README.md"
+SHARED = "idefics_qlora.json"
+"""In a folder that is given away: what is known of the model."""
 FORMAT = "idefics_qlora-1"
 BEST = "best"
 LAST = "last"
@@ -120,6 +124,8 @@ class Snapshot:
     """States of the random generators."""
     state: dict[str, Any]
     """JSON values: step, position, scaler, best, log history, configuration, versions."""
+    card: str = ""
+    """The model card; not read again."""
 
 
 def save_checkpoint(
@@ -159,6 +165,8 @@ def save_checkpoint(
                 name: {"size": sum(map(len, parts)), "sha256": sums[name].result()}
                 for name, parts in contents.items()
             }
+        if snapshot.card:
+            write_synced(temporary / CARD, [snapshot.card.encode()])
         write_synced(temporary / MANIFEST, [json_bytes({"format": FORMAT, "files": files})])
         sync_folder(temporary)
         replaced = folder.with_name(f".{folder.name}.replaced")
@@ -258,7 +266,8 @@ def load_adapter_files(
 
     Returns:
         The adapter's tensors (on the CPU), its configuration, and the state of the run that made
-        it (``None`` for a folder of another origin).
+        it (of an adapter that was shared ``base`` and ``image_side`` alone; ``None`` for a folder
+        of another origin).
 
     Raises:
         FileNotFoundError: If one of the two files is missing.
@@ -275,8 +284,12 @@ def load_adapter_files(
         return snapshot.adapter, snapshot.adapter_config, snapshot.state
     if (folder / STATE).is_file():
         raise CheckpointError(f"{folder / MANIFEST} is missing: the checkpoint is not whole")
-    adapter, config = folder / ADAPTER, folder / ADAPTER_CONFIG
-    return tensors_in(adapter, read_whole(adapter)), json_mapping(config, read_whole(config)), None
+    adapter, config, state = folder / ADAPTER, folder / ADAPTER_CONFIG, None
+    if (folder / SHARED).is_file():
+        shared = json_mapping(folder / SHARED, read_whole(folder / SHARED))
+        if shared.get("fingerprint") is not None:
+            state = {"base": shared["fingerprint"], "image_side": shared.get("image_side")}
+    return tensors_in(adapter, read_whole(adapter)), json_mapping(config, read_whole(config)), state
 
 
 def clear_leftovers(output_dir: Path) -> None:

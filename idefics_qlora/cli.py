@@ -303,7 +303,7 @@ def _sources(named: Sequence[str]) -> Iterator[str]:
             yield from found or [name]  # what is not there is told when it is opened
 
 
-# --- merge ----------------------------------------------------------------------------------------
+# --- merge, push ----------------------------------------------------------------------------------
 
 
 def _merge(arguments: list[str]) -> int:
@@ -322,6 +322,22 @@ def _merge(arguments: list[str]) -> int:
                 base=None if base is None else base_of(base),
             )
         )
+    return DONE
+
+
+def _push(arguments: list[str]) -> int:
+    values = _push_parser().parse_args(arguments).as_dict()
+
+    from idefics_qlora.settings import wrong
+    from idefics_qlora.sharing.push import planned
+
+    dry_run = values.pop("dry_run")
+    with wrong():
+        upload = planned(**values)
+        print(upload, flush=True)
+        if not dry_run:
+            upload.send()
+            print(f"uploaded: {upload.url}")
     return DONE
 
 
@@ -449,6 +465,23 @@ def _report_parser() -> ArgumentParser:
     return parser
 
 
+def _push_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    about = "Upload an adapter, or what merge wrote, to the Hub, with a model card."
+    parser = ArgumentParser(prog=f"{PROG} push", description=about)
+    help_of_checkpoint = "a run's folder, a checkpoint-N of it, or a merged model's"
+    parser.add_argument("checkpoint", type=str, help=help_of_checkpoint)
+    parser.add_argument("repo_id", type=str, help="where to, such as me/name")
+    help_of_private = "whether only you shall see it"
+    parser.add_argument("--private", type=bool, default=True, help=help_of_private)
+    help_of_dry_run = "show what would be uploaded, and end"
+    parser.add_argument("--dry_run", type=bool, default=False, help=help_of_dry_run)
+    help_of_base = "Hub id of the base, if the adapter was trained on a local folder"
+    parser.add_argument("--base", type=str | None, help=help_of_base)
+    return parser
+
+
 COMMANDS = {
     "train": _Command(_train, "fine-tune a base on rows", _parser("train")),
     "evaluate": _Command(
@@ -462,6 +495,7 @@ COMMANDS = {
     ),
     "memory": _Command(_memory, "estimate the GPU memory of a training", _memory_parser),
     "merge": _Command(_merge, "put an adapter into the weights of its base", _merge_parser),
+    "push": _Command(_push, "upload an adapter or a merged model, with a card", _push_parser),
     "report": _Command(
         _report, "write the page of a run anew, or one of several side by side", _report_parser
     ),

@@ -47,6 +47,7 @@ def test_public_names():
         "metrics",
         "pokemon_card_example",
         "preview_batch",
+        "push",
         "report",
         "save_quantized",
         "tiny",

@@ -24,8 +24,8 @@ FLOORS = (
     ("model",),
     ("evaluation",),
     ("reporting",),
-    ("training",),
     ("sharing",),
+    ("training",),
     ("tiny",),
     ("__init__", "told", "fields", "settings", "cli", "__main__"),
 )

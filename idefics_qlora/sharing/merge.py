@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,25 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from idefics_qlora.checkpoint import ADAPTER_CONFIG, CARD, SHARED
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.captions import QUESTION
 from idefics_qlora.data.example import Example
-from idefics_qlora.durable import check_is_free, whole_folder
+from idefics_qlora.durable import (
+    check_is_free,
+    json_bytes,
+    json_mapping,
+    read_whole,
+    whole_folder,
+)
 from idefics_qlora.evaluation.generation import generate
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Model, Processor
 from idefics_qlora.model.adapters import without_adapter
-from idefics_qlora.model.loading import load_finetuned, load_model, read_adapter
+from idefics_qlora.model.loading import Adapter, load_finetuned, load_model, read_adapter
 from idefics_qlora.model.merged_weights import MergedWeights, base_files
 from idefics_qlora.model.precision import evaluation_mode
+from idefics_qlora.sharing.card import PICTURES, facts_of, hub_name, model_card
 
 ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """By how much, of their size, logits may differ because weights are rounded after the merge."""
@@ -149,6 +158,7 @@ def merge(
         raise ValueError(f"dtype={dtype}: expected {', '.join(map(str, ROUNDING))}")
     with whole_folder(target) as temporary:
         weights.write(temporary, dtype)
+        _describe(adapter, temporary, dtype)
         changed, adapted = weights.num_changed, len(weights.adapted)
         proof = None
         if verify:
@@ -161,6 +171,33 @@ def merge(
                     f"{ROUNDING[dtype]:.1%}; nothing was written"
                 )
     return Merged(target, dtype, changed, adapted, proof)
+
+
+def _describe(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
+    """Write the model card, the facts that it was made of, and the samples' pictures."""
+    config = json_mapping(file := adapter.folder / ADAPTER_CONFIG, read_whole(file))
+    for known, revision in (
+        (adapter.base, adapter.base_revision),
+        (adapter.recorded_base, adapter.recorded_revision),
+    ):
+        if (name := hub_name(os.fspath(known), revision))[0] is not None:
+            break
+    facts = facts_of(
+        config,
+        adapter.state,
+        is_merged=True,
+        base=name[0],
+        base_revision=name[1],
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    there = {path.name: path for path in (adapter.folder.parent / "eval_samples").glob("*.png")}
+    facts = facts.with_pictures(there)
+    for image in (image for sample in facts.samples for image in sample["images"]):
+        (folder / PICTURES).mkdir(exist_ok=True)
+        shutil.copyfile(there[image], folder / PICTURES / image)
+    card = model_card(facts, "folder-of-this-file", is_on_hub=False, pictures=PICTURES)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    (folder / SHARED).write_bytes(json_bytes(vars(facts)))
 
 
 def _proof(

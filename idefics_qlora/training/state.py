@@ -19,6 +19,7 @@ from idefics_qlora.data.fingerprints import Fingerprint
 from idefics_qlora.data.windows import Window
 from idefics_qlora.machine import environment
 from idefics_qlora.model.execution import Execution
+from idefics_qlora.sharing.card import facts_of, model_card
 from idefics_qlora.training.best import Criterion
 from idefics_qlora.training.diagnostics import Coverage
 from idefics_qlora.training.flat import FlatAdamW
@@ -126,7 +127,10 @@ class TrainState(Counters):
             },
             "environment": environment(),
         }
-        return Snapshot(**taken)
+        name = checkpoint_path(Path(), self.global_step).name
+        facts = facts_of(taken["adapter_config"], taken["state"])
+        card = model_card(facts, name, is_on_hub=False, pictures="../eval_samples/")
+        return Snapshot(**taken, card=card)
 
     def load(self, snapshot: Snapshot) -> None:
         """Be as when :meth:`snapshot` was taken.

@@ -247,7 +247,7 @@ def test_memory_is_that_of_a_shard_not_of_the_base(tmp_path, processor):
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 4 * max(shards) < sum(shards) / 2
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {path.name for path in (tmp_path / "large").iterdir()} == names
+    assert {path.name for path in (tmp_path / "large").iterdir()} <= names
 
 
 KILLED = """

@@ -1,0 +1,332 @@
+"""Sharing: what goes to the Hub, what its card says, and what a fault tells to do."""
+
+import copy
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import huggingface_hub.utils._http as client
+import pytest
+import yaml
+from helpers import config_of
+from hub import SHA, TOKEN, Hub
+from huggingface_hub import ModelCard, constants
+
+import idefics_qlora as iq
+from idefics_qlora import cli
+from idefics_qlora.checkpoint import load_checkpoint
+from idefics_qlora.sharing.card import Facts, hub_name, model_card
+from idefics_qlora.sharing.push import Upload
+
+ME = "me/cards"
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The Hub for the client in this process; it waits for nothing."""
+    server = Hub()
+    for name, value in {
+        "ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", server.url, raising=False)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        server.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr(client.time, "sleep", lambda _: None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    client.close_session()
+    yield server
+    client.close_session()
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, loaded, cards):
+    """A run with an evaluation, samples and two checkpoints; not to be changed."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    config = config_of(
+        folder,
+        max_steps=2, eval_steps=1, save_steps=1, eval_samples=2, learning_rate=0.01,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    model = iq.add_lora(copy.deepcopy(loaded[0]))
+    iq.train(model, loaded[1], cards[:8], cards[8:12], config=config)
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def texts_of(upload):
+    return {n: c.decode() for n, c in upload.files.items() if isinstance(c, bytes)}
+
+
+def test_what_would_go_is_shown_and_nothing_goes(hub, run, capsys):
+    """--dry_run lists every file with its size, says that it is private, and asks no server."""
+    assert cli.main(["push", str(run), ME, "--base", "someone/base", "--dry_run", "true"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"{ME} (private), 6 files:")
+    for name in ("README.md", "adapter_config.json", "adapter_model.safetensors"):
+        assert re.search(rf"\d MB  {name}$", told, re.MULTILINE)
+    assert "samples/row-1-image-0.png" in told
+    assert not hub.sent("(POST|PUT) .*")
+
+
+def test_an_adapter_arrives_with_its_card(hub, run, caplog, capsys):
+    """Private, byte for byte, without what a resume needs, and with no name of this machine."""
+    caplog.set_level(logging.DEBUG)
+    hub.cards["someone/base"] = "---\nlicense: apache-2.0\n---\n# base\n"
+    assert cli.main(["push", str(run), ME, "--base", "someone/base"]) == 0
+    assert f"uploaded: {hub.url}/{ME}" in capsys.readouterr().out
+    repo = hub.repos[ME]
+    assert repo["private"]
+    best = run / (run / "best").read_text().strip()
+    assert repo["files"].keys() == {
+        *("README.md", "idefics_qlora.json", "adapter_config.json", "adapter_model.safetensors"),
+        *("samples/row-0-image-0.png", "samples/row-1-image-0.png"),
+    }
+    name = "adapter_model.safetensors"
+    assert repo["files"][name] == (best / name).read_bytes()
+    assert json.loads(repo["files"]["adapter_config.json"])["base_model_name_or_path"] == (
+        "someone/base"
+    )
+    for path, content in repo["files"].items():
+        if not path.endswith((".png", ".safetensors")):
+            assert not re.search(r"/tmp|/home|/root|idefics_qlora/tiny", content.decode()), path
+            assert TOKEN not in content.decode()
+    assert TOKEN not in caplog.text
+    card = ModelCard(repo["files"]["README.md"].decode())
+    assert (card.data.base_model, card.data.license) == ("someone/base", "apache-2.0")
+    (record,) = (
+        r
+        for r in load_checkpoint(best).state["log_history"]
+        if "eval_loss" in r and best.name == f"checkpoint-{r['step']}"
+    )
+    results = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    assert results["loss"] == record["eval_loss"]
+    assert f"`eval_loss` | {record['eval_loss']:.4g}" in card.text
+    assert card.text.count("](samples/row-") == 2
+    for words in ("`lora_alpha` | `32`", "`learning_rate` | `0.01`", "8 rows", "torch 2", "Limits"):
+        assert words in card.text
+
+
+def test_the_code_in_the_card_runs(hub, run, tmp_path, picture):
+    """Both ways to load an adapter, and both of a merged model, as somebody else copies them."""
+    iq.push(run, ME, base="someone/base")
+    iq.merge(run, tmp_path / "merged", verify=False)
+    iq.push(tmp_path / "merged", "me/merged")
+    picture.save(tmp_path / "photo.jpg")
+    cache = tmp_path / "hub"
+    base = {path.name: path.read_bytes() for path in iq.tiny.BASE.iterdir()}
+    files = {name: repo["files"] for name, repo in hub.repos.items()} | {"someone/base": base}
+    for name, contents in files.items():
+        home = cache / f"models--{name.replace('/', '--')}"
+        for path, content in contents.items():
+            file = home / "snapshots" / SHA / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        (home / "refs").mkdir()
+        (home / "refs" / "main").write_text(SHA)
+    for name in (ME, "me/merged"):
+        card = hub.repos[name]["files"]["README.md"].decode()
+        code = "\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL))
+        assert code.count("from_pretrained") + code.count("iq.load_") >= 3
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def test_a_merged_folder_arrives_whole(hub, run, tmp_path):
+    """Shards, configuration and processor; what the card says comes from the run."""
+    iq.merge(run, tmp_path / "merged", verify=False)
+    upload = iq.push(tmp_path / "merged", ME, base="someone/base", private=False)
+    repo = hub.repos[ME]
+    assert not repo["private"]
+    assert "(PUBLIC)" in str(upload)
+    expected = {
+        p.relative_to(tmp_path / "merged").as_posix() for p in (tmp_path / "merged").rglob("*")
+    }
+    assert repo["files"].keys() == expected - {"samples"}
+    card = ModelCard(repo["files"]["README.md"].decode())
+    assert card.data.library_name == "transformers"
+    assert card.data.eval_results
+    assert card.text.count("](samples/row-") == 2
+    assert not any(str(tmp_path) in c.decode(errors="ignore") for c in repo["files"].values())
+
+
+def test_a_base_without_a_name_is_asked_for(hub, run):
+    """The path of a local base is of no use to anybody, and does not get out."""
+    with pytest.raises(ValueError, match="which nobody else has: pass base='its/hub-id'"):
+        iq.push(run, ME)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("path", ["/a/models--me--b/snapshots/" + SHA, "me/b"])
+def test_a_base_of_the_cache_is_known_by_its_name(path):
+    """Where the Hub's cache lies says what it is."""
+    assert hub_name(path)[0] == "me/b"
+    assert hub_name("/data/me/b") == (None, None)
+
+
+FAULTS = [
+    ("POST /api/repos/create", [401], PermissionError, "does not know who you are.*hf auth login"),
+    ("POST /api/repos/create", [403], PermissionError, "may not write to me/cards.*permission"),
+    ("POST /api/models/.*/commit", [403], PermissionError, "may not write to me/cards"),
+    (
+        "POST /api/models/.*/commit",
+        [409],
+        ConnectionError,
+        "changed by somebody else.*run the same",
+    ),
+    (
+        "POST /api/models/.*/commit",
+        [412],
+        ConnectionError,
+        "changed by somebody else.*run the same",
+    ),
+    ("POST /api/models/.*/commit", [503], ConnectionError, r"just now \(503\): wait a little"),
+    ("POST /.*/batch", [500] * 9, ConnectionError, r"just now \(500\): wait a little"),
+    ("POST /api/models/.*/commit", ["cut"], ConnectionError, "broke off.*not sent again"),
+    ("PUT /lfs/", ["cut"] * 40, ConnectionError, "broke off.*not sent again"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)))
+def test_a_fault_says_what_to_do_and_the_same_again_goes_on(number, hub, run, caplog):
+    """Each of them; afterwards the same call uploads only what has not arrived."""
+    pattern, answers, kind, told = FAULTS[number]
+    hub.faults[pattern] = list(answers)
+    with pytest.raises(kind, match=told) as error:
+        iq.push(run, ME, base="someone/base")
+    assert TOKEN not in str(error.value) + caplog.text
+    hub.faults.clear()
+    arrived = set(hub.blobs)
+    before = len(hub.requests)
+    iq.push(run, ME, base="someone/base")
+    again = {r.rpartition("/")[2] for r in hub.requests[before:] if r.startswith("PUT /lfs/")}
+    assert not again & arrived
+    assert len(hub.repos[ME]["files"]) == 6
+
+
+def test_what_passes_is_tried_again(hub, run):
+    """A server that is down for two requests, and a file that does not get through, do no harm."""
+    hub.faults = {"POST /.*/batch": [503, 503], "PUT /lfs/": [500]}
+    iq.push(run, ME, base="someone/base")
+    assert len(hub.repos[ME]["files"]) == 6
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, run):
+    """What shall be private does not land where everybody sees it."""
+    hub.repos[ME] = {"private": False, "files": {}}
+    with pytest.raises(ValueError, match="exists and is public: pass private=False"):
+        iq.push(run, ME, base="someone/base")
+    assert hub.repos[ME]["files"] == {}
+    iq.push(run, ME, base="someone/base", private=False)
+    assert hub.repos[ME]["files"]
+
+
+def test_without_a_token_it_says_so(hub, run, monkeypatch, tmp_path):
+    """Nobody who is not logged in sees a traceback of the client."""
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(PermissionError, match="hf auth login"):
+        iq.push(run, ME, base="someone/base")
+
+
+def test_a_token_does_not_get_out(hub, run):
+    """What looks like one stops the upload."""
+    plain = run / "plain"
+    plain.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copyfile(run / "checkpoint-1" / name, plain / name)
+    file = plain / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"exclude_modules": [TOKEN]}))
+    with pytest.raises(ValueError, match="README.md would hold what looks like an access token"):
+        iq.push(plain, ME, base="someone/base")
+
+
+@pytest.mark.parametrize("name", ["cards", "a/b/c", "me/", "../me", "me/a b"])
+def test_a_name_that_cannot_be_one(hub, run, name):
+    """Told before anything is asked of the Hub."""
+    with pytest.raises(ValueError, match="expected a name such as me/name"):
+        iq.push(run, name, base="someone/base")
+
+
+def test_the_command_line_as_a_user_starts_it(hub, run):
+    """With HF_ENDPOINT and HF_TOKEN alone, in a process of its own; a fault is one line and 2."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [
+        sys.executable,
+        "-m",
+        "idefics_qlora",
+        "push",
+        str(run),
+        ME,
+        "--base",
+        "someone/base",
+    ]
+    hub.faults["POST /api/repos/create"] = [403]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "  - your token may not write to me/cards (403)" in done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "README.md" in hub.repos[ME]["files"]
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_each_checkpoint_has_a_card_that_may_be_edited(run):
+    """Written with the rest, known to no manifest: a changed or missing card is no damage."""
+    for number in (1, 2):
+        checkpoint = run / f"checkpoint-{number}"
+        card = ModelCard.load(checkpoint / "README.md")
+        assert card.data.library_name == "peft"
+        assert f"after {number} steps" in card.text
+        assert f'iq.load_finetuned("{checkpoint.name}")' in card.text
+        pictures = re.findall(r"\]\((\.\./eval_samples/[^)]*)\)", card.text)
+        assert len(pictures) == 2
+        assert all((checkpoint / picture).is_file() for picture in pictures)
+        assert not re.search(r"/tmp|idefics_qlora/tiny", card.content)
+    (run / "checkpoint-1" / "README.md").write_text("mine")
+    (run / "checkpoint-2" / "README.md").unlink()
+    assert iq.latest_checkpoint(run).name == "checkpoint-2"
+    load_checkpoint(run / "checkpoint-1")
+
+
+def test_a_card_holds_data_as_data():
+    """A text of the data set makes no table, no picture and no script of the card."""
+    sample = {"row": "r", "images": [], "target": "a | b\n# c", "text": "<script>![x](y)`"}
+    text = model_card(Facts(samples=[sample]), "x", is_on_hub=False, pictures="")
+    assert r"| a \| b # c | &lt;script&gt;!\[x\](y)\` |" in text
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert header["pipeline_tag"] == "image-text-to-text"
+    assert "license" not in header
+    assert "base_model" not in header
+
+
+def test_sizes_are_those_of_the_files(tmp_path):
+    """What is shown first is what is there."""
+    (tmp_path / "a").write_bytes(b"x" * 2_500_000)
+    told = str(Upload(ME, False, {"a": tmp_path / "a", "b": b"1" * 1000}))
+    assert "2.500 MB  a" in told
+    assert "0.001 MB  b" in told
