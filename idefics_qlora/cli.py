@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import glob
+import io
 import json
 import os
 import signal
@@ -98,7 +99,7 @@ def _train(arguments: list[str]) -> int:
     metrics = told.metrics()
     train_rows, eval_rows = told.rows("train"), told.rows("eval")
     told.check_base()
-    told.check_evaluations(config, metrics)
+    told.check_run(config, train_rows, metrics)
     told.check_rows(to_example, train=train_rows, eval=eval_rows)
     told.raise_problems()
 
@@ -265,6 +266,8 @@ def _generate(arguments: list[str]) -> int:
         file: Any = sys.stdout
         if output:
             file = stack.enter_context(open(output, "x", encoding="utf-8", newline=""))
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(errors="backslashreplace")  # a file's name may be no text
         stack.enter_context(warnings_on_stderr())  # such as why a picture was left out
         table = csv.writer(file, lineterminator="\n") if as_csv else None
         if table:
@@ -275,14 +278,24 @@ def _generate(arguments: list[str]) -> int:
             if table:
                 table.writerow([source, text.strip()])
             else:
-                line = json.dumps({"image": source, "text": text.strip()}, ensure_ascii=False)
-                file.write(f"{line}\n")
+                record = {"image": source, "text": text.strip()}
+                file.write(_json_line(record, file.encoding or "utf-8"))
             file.flush()  # an interruption keeps what is there
             written += 1
     if written < len(sources):
         skipped = len(sources) - written
         print(f"{written} pictures described, {skipped} left out", file=sys.stderr)
     return DONE if written else FAILED
+
+
+def _json_line(record: dict[str, str], encoding: str) -> str:
+    """A line of JSON, in ASCII where the encoding does not have all of its characters."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(record) + "\n"
+    return line
 
 
 def _sources(named: Sequence[str]) -> Iterator[str]:

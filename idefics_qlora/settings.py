@@ -28,6 +28,7 @@ from idefics_qlora.model.precision import DTYPES
 from idefics_qlora.tiny import BASE, creature_cards
 from idefics_qlora.told import Field, SettingsError, located, read
 from idefics_qlora.training.inputs import evaluation_problems
+from idefics_qlora.training.trackers import tracker_problems
 
 ROWS_TRIED = 3
 """Rows of which one must be read before a base is loaded."""
@@ -38,7 +39,7 @@ def wrong() -> Iterator[None]:
     """What the library says of settings and data, in this block, is what is wrong with them."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, BrokenPipeError):  # the latter: whoever read has left
         raise
     except (LookupError, OSError, TypeError, ValueError) as error:
         raise SettingsError([str(error)]) from error
@@ -188,12 +189,17 @@ class Told:
             self._note(f"data.{name}", str(error))
             return None
 
-    def check_evaluations(self, config: Any, metrics: Mapping[str, Metric]) -> None:
-        """See that there are the rows and numbers that the settings of evaluations ask for."""
-        if config is None or any(metric_problems(metrics)):  # told already
+    def check_run(self, config: Any, train_rows: Any, metrics: Mapping[str, Metric]) -> None:
+        """See that there are the packages, steps, rows and numbers that a run's settings need."""
+        if config is None:  # told already
             return
-        has_rows = self.values["data.eval"] is not None
-        for problem in evaluation_problems(config, metrics, has_rows):
+        problems = [*tracker_problems(config)]
+        if config.max_steps is None and train_rows is not None:
+            problems += config.too_few_steps(config.total_steps(len(train_rows)))
+        if not any(metric_problems(metrics)):  # told already
+            has_rows = self.values["data.eval"] is not None
+            problems += evaluation_problems(config, metrics, has_rows)
+        for problem in problems:
             told = ValueError(problem.replace("eval_rows", "data.eval"))
             self.problems += located("train", told, self.given)
 

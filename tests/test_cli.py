@@ -6,7 +6,9 @@ More than 400 lines: each command, and each way in which what it is told can be 
 import configparser
 import contextlib
 import csv
+import io
 import json
+import os
 import re
 import shlex
 import signal
@@ -25,6 +27,7 @@ from idefics_qlora import cli
 from idefics_qlora.data.captions import QUESTION
 from idefics_qlora.evaluation.metrics import BY_NAME
 from idefics_qlora.fields import MetricName, sections
+from idefics_qlora.training import trackers
 
 ROOT = Path(__file__).parents[1]
 RUN = """
@@ -233,6 +236,25 @@ def test_what_train_finds_before_its_first_step_is_2(here, capsys):
         assert problem.startswith(f"data.{name}[0]: column 'nme', which answer=' {{nme}}' asks for")
 
 
+def test_packages_and_steps_are_told_with_the_rest(here, capsys, monkeypatch):
+    """What is not installed, each with the way out and its line; and a warm-up that is longer than
+    the run whose steps follow from the rows: before a base is loaded."""
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    text = RUN.replace("max_steps: 2", "num_train_epochs: 1, warmup_steps: 1000")
+    Path("run.yaml").write_text(text.replace("num_workers: 0", "report_to: [wandb, trackio]"))
+    template = ["--data.answer", " {nme}"]
+    problems = problems_of(capsys, "train", "--config", "run.yaml", *template)
+    for problem, name in zip(problems, ("wandb", "trackio"), strict=False):
+        assert problem == (
+            f"run.yaml, line 6: train.report_to='{name}' needs the package {name}: "
+            f'pip install "idefics_qlora[{name}]"'
+        )
+    assert problems[2].startswith(
+        "run.yaml, line 5: train.warmup_steps=1000 is more than the 128 steps that num_train_epochs"
+    )
+    assert [problem.split(":")[0] for problem in problems[3:]] == ["data.train[0]", "data.eval[0]"]
+
+
 @pytest.mark.parametrize("section", ["lora:", "data: {train: tiny, access: }", "lora: null"])
 def test_an_empty_section_sets_nothing(here, capsys, section):
     """Its defaults are there, also beside what the command line sets in it."""
@@ -316,6 +338,30 @@ def test_a_tracker_that_cannot_start_is_a_wrong_setting(here, monkeypatch):
     assert problem.startswith("  - wandb, which report_to names, does not start: No API key")
 
 
+def test_names_that_are_no_text_and_narrow_encodings(here, monkeypatch):
+    """A file's name may be any bytes, and stdout may have few characters: each picture is written,
+    as JSON from which its name can be had back."""
+    names = [b"a.png", "é中.png".encode(), b"\xff.png"]
+    os.mkdir("folder")
+    for name in names:
+        Image.new("RGB", (64, 64)).save(os.path.join("folder", os.fsdecode(name)))
+    command = ["generate", "--model.base", "tiny", "folder", "--max_new_tokens", "2"]
+    for encoding in ("utf-8", "ascii", "cp1252"):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", out)
+        assert cli.main(command) == 0
+        out.flush()
+        lines = [json.loads(line) for line in out.buffer.getvalue().decode(encoding).splitlines()]
+        found = {os.path.basename(os.fsencode(line["image"])) for line in lines}
+        assert found == {*names}, encoding
+    for file in ("out.jsonl", "out.csv"):
+        assert cli.main([*command, "--output", file]) == 0
+    written = Path("out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {os.path.basename(os.fsencode(json.loads(w)["image"])) for w in written} == {*names}
+    with Path("out.csv").open(newline="", encoding="utf-8") as file:
+        assert len([*csv.DictReader(file)]) == 3
+
+
 def test_metrics_by_name_and_the_predictions(here, capsys):
     """`metrics` of the file scores a run's evaluations and decides which is the best; `evaluate`
     gives the same numbers over all rows, and writes what the model said of each."""
@@ -350,7 +396,7 @@ def test_metrics_that_cannot_be(here, capsys, monkeypatch):
     )
     assert problems_of(capsys, *arguments, "--metrics", "bleu", *more) == [
         "command line: metrics='bleu': metrics['bleu']: bleu needs the package sacrebleu: "
-        "pip install 'idefics_qlora[metrics]'",
+        'pip install "idefics_qlora[metrics]"',
         "command line: max_new_tokens=0: expected a whole number of at least 1",
         "command line: predictions_file='none/said.jsonl': lies in a folder that there is not: "
         "make it",
@@ -437,6 +483,7 @@ def test_the_longest_edge_is_a_setting(here, capsys, bases):
     assert problem.startswith("longest_edge=64: pictures of 'idefics' models have one size")
     small = ["--config", "run.yaml", "--model.base", base, "--model.longest_edge", "64"]
     assert cli.main(["train", *small, "--train.max_steps", "1"]) == 0
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["model"]["longest_edge"] == 64
     capsys.readouterr()
     assert (
         cli.main(["evaluate", "--config", "run.yaml", "--adapter", "run", "--model.base", base])
@@ -504,6 +551,16 @@ def test_a_reader_who_leaves_ends_generate_quietly(here):
         assert child.wait(timeout=120) == 128 + signal.SIGPIPE
     assert "Traceback" not in told
     assert "BrokenPipe" not in told
+
+
+def test_a_reader_who_leaves_is_no_wrong_setting(here):
+    """So does `preview ... | head`, which prints less of it."""
+    arguments = [sys.executable, "-m", "idefics_qlora", "preview", "--config", "run.yaml"]
+    with started(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.close()
+        told = child.stderr.read()
+        assert child.wait(timeout=120) == 128 + signal.SIGPIPE, told
+    assert "problem" not in told
 
 
 def test_the_page_shows_commands_and_a_file_that_are_read(here):

@@ -268,7 +268,7 @@ def missing_package(metric: Any) -> str | None:
     """What a metric of ours needs and is not installed, with the way out."""
     if metric in (bleu, chrf) and find_spec("sacrebleu") is None:
         name = metric.__name__
-        return f"{name} needs the package sacrebleu: pip install 'idefics_qlora[metrics]'"
+        return f'{name} needs the package sacrebleu: pip install "idefics_qlora[metrics]"'
     return None
 
 

@@ -30,7 +30,7 @@ from idefics_qlora.model.memory import optimizer_bytes
 from idefics_qlora.notices import Notices
 from idefics_qlora.progress import asked, counting
 from idefics_qlora.training.best import Criterion, criterion_of, criterion_problems
-from idefics_qlora.training.trackers import check_trackers
+from idefics_qlora.training.trackers import tracker_problems
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ def check_inputs(
         ValueError: If they do not; the message names the row or the field.
     """
     check_model_and_processor(model, processor)
-    check_trackers(config)
-    if problems := list(evaluation_problems(config, metrics, eval_rows is not None)):
+    asked_of_evaluations = evaluation_problems(config, metrics, eval_rows is not None)
+    if problems := [*tracker_problems(config), *asked_of_evaluations]:
         raise ValueError("\n".join(problems))
     check_trainable(model)
     _tell_whole(model, config)

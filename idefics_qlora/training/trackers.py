@@ -46,11 +46,9 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder, self._pictures = folder, set[str]()
-        # What an earlier process drew from this step on is purged, and drawn again.
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state.global_step)
-        for record in state.log_history:
-            if record["step"] >= state.global_step:
-                self.numbers(record["step"], _numbers(record))
+        # What an earlier process drew beyond the checkpoint is purged, and drawn again.
+        purged_from = state.global_step + 1
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purged_from)
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -147,15 +145,11 @@ _TRACKERS: dict[str, Callable[[Path, TrainState], Tracker]] = {
 }
 
 
-def check_trackers(config: TrainConfig) -> None:
-    """See that what ``report_to`` names is installed.
-
-    Raises:
-        ValueError: If not; the message says how to install it.
-    """
+def tracker_problems(config: TrainConfig) -> Iterator[str]:
+    """What ``report_to`` names and is not installed, with the way out."""
     for name in config.report_to:
         if find_spec(name) is None:
-            raise ValueError(
+            yield (
                 f'report_to={name!r} needs the package {name}: pip install "idefics_qlora[{name}]"'
             )
 

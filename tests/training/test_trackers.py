@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def test_tensorboard_has_each_point_once_however_a_run_went_on(base, processor, 
     """Real event files: scalars, samples and their picture; of a run that broke off beyond its
     checkpoint, what it drew there is purged."""
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    serving = import_module("tensorboard.backend.event_processing.plugin_event_accumulator")
     model = iq.add_lora(base)
     with pytest.raises(Killed):
         run(model, processor, examples, tmp_path, "tensorboard", on_log=kill_at_3)
@@ -54,7 +56,13 @@ def test_tensorboard_has_each_point_once_however_a_run_went_on(base, processor, 
     said = [r["eval_samples"][0]["text"] for r in result.log_history if "eval_samples" in r]
     shown = drawn.Tensors("samples/eval_rows[0]/text_summary")[-1].tensor_proto.string_val[0]
     assert shown.decode() == f"says: {said[-1]}\n\nis: {examples[0].completion}"
+    # TensorBoard's own server reads them in another way, in which pictures are tensors too.
+    served = serving.EventAccumulator(str(tmp_path / "tensorboard"))
+    served.Reload()
     (picture,) = tags["images"]
+    for tag in ("eval/loss", "samples/eval_rows[0]/text_summary", picture):
+        assert [point.step for point in served.Tensors(tag)] == [2, 4]
+    assert [point.step for point in served.Tensors("train/loss")] == [1, 2, 3, 4]
     assert (drawn.Images(picture)[0].width, drawn.Images(picture)[0].height) == (64, 64)
 
 
