@@ -188,6 +188,9 @@ def load_model(
     origin = origin or Origin(name, revision)
     model.name_or_path = model.config.name_or_path = origin.name or name
     model.base_revision = origin.revision if is_hub_id(model.name_or_path) else None
+    model.loaded_with = {"quantize": quantize, "base_weights": base_weights}
+    if longest_edge is not None:
+        model.loaded_with["longest_edge"] = longest_edge
     return model.eval(), processor
 
 
@@ -278,6 +281,7 @@ def load_finetuned(
     family = family_of_config(model.config)
     if "longest_edge" not in load_options and side not in (None, family.reader(processor).side):
         family.set_longest_edge(processor, side)  # as it was trained
+        model.loaded_with["longest_edge"] = side
     # peft would warn that it is called otherwise now.
     config.base_model_name_or_path = config.revision = None
     peft_model = attach(model, config)

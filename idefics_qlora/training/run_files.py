@@ -135,7 +135,10 @@ def config_yaml(state: TrainState, inputs: Inputs) -> str:
     plain = json.loads(json.dumps(LoraConfig().to_dict(), default=sorted))
     base = {"base": adapter.get("base_model_name_or_path"), "revision": adapter.get("revision")}
     sections = {
-        "model": {name: value for name, value in base.items() if value is not None},
+        "model": {
+            **{name: value for name, value in base.items() if value is not None},
+            **getattr(state.model.get_base_model(), "loaded_with", {}),
+        },
         "lora": {
             name: value
             for name, value in adapter.items()

@@ -55,6 +55,25 @@ def test_a_folder_has_all_of_its_run(lora, processor, examples, tmp_path):
     assert json.loads((tmp_path / "environment.json").read_text()) == iq.environment()
 
 
+@pytest.mark.parametrize(
+    "loaded",
+    [{"quantize": False}, {"base_weights": "dequantized"}],
+    ids=lambda told: next(iter(told)),
+)
+def test_how_the_base_was_loaded(examples, tmp_path, loaded):
+    """A run from its configuration file trains on the same weights, not on others."""
+    model, processor = iq.load_model(iq.tiny.BASE, device="cpu", **loaded)
+    config = config_of(tmp_path, max_steps=1)
+    iq.train(iq.add_lora(model), processor, examples, config=config)
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]
+    again, _ = iq.load_model(settings.pop("base"), device="cpu", **settings)
+    assert settings.items() >= loaded.items()
+    trained = dict(model.named_parameters())
+    frozen = {name: p.float() for name, p in again.named_parameters() if ".mlp." in name}
+    assert frozen
+    assert same(frozen, {name: trained[name].float() for name in frozen})
+
+
 @pytest.mark.parametrize("how", ["back", "failed", "stopped", "lost", "torn"])
 def test_the_log_has_each_record_once(base, processor, examples, tmp_path, how):
     """However a run went on: what is not in the checkpoint is cut, what was lost is added."""
