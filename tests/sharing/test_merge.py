@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 import torch
 from helpers import config_of, every_family
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -125,6 +127,22 @@ def test_a_run_is_merged_by_the_command(lora, processor, cards, tmp_path, capsys
     assert iq.generate(model, own, [[cards[0]["image"], "Who?"]], max_new_tokens=2)
     assert cli.main(["merge", run, out]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_base_on_the_hub_is_found_by_its_record(adapter, tmp_path, monkeypatch):
+    """Hub id and revision of the adapter's configuration, as a download left the base."""
+    home = tmp_path / "hub" / "models--someone--base"
+    shutil.copytree(iq.tiny.BASE, home / "snapshots" / ("a" * 40))
+    (home / "refs").mkdir()
+    (home / "refs" / "v2").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    file = adapter / "adapter_config.json"
+    named = {"base_model_name_or_path": "someone/base", "revision": "v2"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    iq.merge(adapter, tmp_path / "out", device="cpu")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == "someone/base"
+    assert "(revision `v2`)" in card.text
 
 
 def test_a_merge_that_equals_the_base_is_an_error(lora, tmp_path):

@@ -154,6 +154,32 @@ def test_the_code_in_the_card_runs(hub, run, tmp_path, picture):
         assert done.stdout.strip()
 
 
+@pytest.mark.parametrize("family", ["smolvlm"], indirect=True)
+def test_what_arrives_knows_the_size_of_its_pictures(family, cards, tmp_path):
+    """An adapter from the Hub sees pictures as it was trained, and refuses another base."""
+    base, processor = iq.tiny.load_model(family=family, device="cpu", longest_edge=64)
+    config = config_of(tmp_path / "run", max_steps=1, global_batch_size=2)
+    iq.train(iq.add_lora(base), processor, cards[:4], config=config)
+    upload = iq.push(tmp_path / "run", ME, base="someone/base", dry_run=True)
+    arrived = tmp_path / "arrived"
+    arrived.mkdir()
+    for name, content in upload.files.items():
+        content = content if isinstance(content, bytes) else content.read_bytes()
+        (arrived / name).write_bytes(content)
+    folder = base.config.name_or_path
+    _, own = iq.load_finetuned(arrived, base=folder, device="cpu")
+    assert own.image_processor.size == processor.image_processor.size
+    _, usual = iq.tiny.load_model(family=family, device="cpu")
+    assert own.image_processor.size != usual.image_processor.size
+    again = iq.push(arrived, "you/too", base="someone/base", dry_run=True)
+    assert again.files["idefics_qlora.json"] == upload.files["idefics_qlora.json"]
+    shared = json.loads((arrived / "idefics_qlora.json").read_text())
+    shared["fingerprint"]["weights"] = "0" * 16
+    (arrived / "idefics_qlora.json").write_text(json.dumps(shared))
+    with pytest.raises(ValueError, match="trained on another base model"):
+        iq.load_finetuned(arrived, base=folder, device="cpu")
+
+
 def test_a_merged_folder_arrives_whole(hub, run, tmp_path):
     """Shards, configuration and processor; what the card says comes from the run."""
     iq.merge(run, tmp_path / "merged", verify=False)
