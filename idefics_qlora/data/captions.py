@@ -20,10 +20,16 @@ QUESTION = "Question: What's on the picture? Answer:"
 """The tutorial's prompt text."""
 
 
+def has_value(row: Mapping[str, Any], column: str) -> bool:
+    """Whether the column is there and neither ``None`` nor an empty text."""
+    value = row.get(column)
+    return value is not None and not (isinstance(value, str) and not value)
+
+
 def first_picture(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Any, str]:
     """The first of these columns' values that is there, and the name of its column."""
     for column in columns:
-        if row.get(column) is not None and row[column] != "":
+        if has_value(row, column):
             return row[column], column
     names = " nor ".join(f"`{column}`" for column in columns)
     raise ValueError(f"the row has no picture: neither {names} has a value")

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from idefics_qlora.data.captions import IMAGE_COLUMNS, QUESTION, first_picture
+from idefics_qlora.data.captions import IMAGE_COLUMNS, QUESTION, first_picture, has_value
 from idefics_qlora.data.example import (
     Example,
     Turn,
@@ -31,7 +31,7 @@ def _images(row: Mapping[str, Any]) -> Sequence[Any]:
                 f"images={images!r:.80}: expected a list; an empty one for a row without pictures"
             )
         return images
-    columns = [column for column in IMAGE_COLUMNS if row.get(column) not in (None, "")]
+    columns = [column for column in IMAGE_COLUMNS if has_value(row, column)]
     if not columns:
         return []
     image, _ = first_picture(row, columns)

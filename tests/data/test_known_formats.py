@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from helpers import encoded, same_examples
 from PIL import Image
@@ -346,6 +347,13 @@ def test_unknown_and_broken_rows(row, message):
     """What came nearest and what it missed; or the column, the value and what was expected."""
     with pytest.raises(ValueError, match=rf"rows\[3\]: .*{message}"), naming_row("rows[3]"):
         as_example(row)
+
+
+@pytest.mark.parametrize("columns", [{"text": "x"}, {"question": "?", "answer": "x"}])
+def test_a_picture_as_an_array(columns):
+    """It is no picture that a row may hold, and the error says what one is."""
+    with pytest.raises(iq.BadImage, match="of image: ndarray is no image; expected a path"):
+        as_example({"image": np.zeros(2), **columns})
 
 
 def test_the_page_has_the_table():
