@@ -367,7 +367,13 @@ class _Command:
 def _told(command: str, arguments: list[str]) -> Told:
     from idefics_qlora.settings import Told
 
-    return Told(_fields(command), COMMANDS[command].parser(), arguments, NEEDED[command])
+    return Told(
+        _fields(command),
+        COMMANDS[command].parser(),
+        arguments,
+        NEEDED[command],
+        command == "generate",
+    )
 
 
 def _fields(command: str) -> dict[str, Field]:

@@ -62,6 +62,7 @@ class Told:
         parser: The command's.
         arguments: Those behind the command.
         needed: Names of the settings that must be there.
+        takes_pictures: Whether the other arguments are pictures.
     """
 
     def __init__(
@@ -70,13 +71,15 @@ class Told:
         parser: ArgumentParser,
         arguments: list[str],
         needed: tuple[str, ...],
+        takes_pictures: bool = False,
     ) -> None:
         self.values = {name: each.default for name, each in fields.items()}
         self.pictures: list[str] = []
         if {"-h", "--help"} & set(arguments):
             parser.parse_args(arguments)  # prints and exits
         asked = any(argument.startswith("--print_") for argument in arguments)
-        self.given, self.problems = read(arguments, fields, () if asked else needed)
+        needed = () if asked else needed
+        self.given, self.problems = read(arguments, fields, needed, takes_pictures)
         if asked:
             self.raise_problems()
         if self.problems:  # find what else is wrong in what could be read

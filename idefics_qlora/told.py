@@ -49,7 +49,10 @@ class Given:
 
 
 def read(
-    arguments: list[str], fields: Mapping[str, Field], needed: tuple[str, ...] = ()
+    arguments: list[str],
+    fields: Mapping[str, Field],
+    needed: tuple[str, ...] = (),
+    takes_more: bool = False,
 ) -> tuple[dict[str, Given], list[str]]:
     """What a command line and its configuration files set, and all that is wrong with it.
 
@@ -57,6 +60,7 @@ def read(
         arguments: Those behind the command.
         fields: The command's settings.
         needed: Names of those that must be set.
+        takes_more: Whether there may be other arguments than settings.
 
     Returns:
         The values by name, those left out that are of a wrong type; and the problems, a line each.
@@ -68,6 +72,11 @@ def read(
         if argument == "--":
             break
         if not argument.startswith("--"):
+            if not takes_more:
+                problems.append(
+                    f"{COMMAND_LINE}: {argument!r} is no setting: a file of settings is given as "
+                    "--config FILE, a setting as --section.name VALUE"
+                )
             continue
         name, equals, text = argument[2:].partition("=")
         name = name.removesuffix("+")

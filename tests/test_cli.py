@@ -200,6 +200,15 @@ def test_a_file_that_holds_something_else(here, capsys, text, problem):
     assert any(line.startswith("--config gone.yaml: No such file") for line in found)
 
 
+def test_a_file_without_its_option(here, capsys):
+    """The first that one tries: told beside what is missing for want of it."""
+    problems = problems_of(capsys, "train", "run.yaml")
+    assert problems[0].startswith(
+        "command line: 'run.yaml' is no setting: a file of settings is given as --config FILE"
+    )
+    assert any(problem.startswith("model.base is missing") for problem in problems)
+
+
 def test_numbers_are_numbers_and_the_command_line_wins(here, capsys):
     """`8e-3`, which YAML 1.1 reads as text; and what is printed can be read again."""
     arguments = ["train", "--config", "run.yaml", "--train.max_steps", "5"]
