@@ -154,6 +154,12 @@ class MergedWeights:
             if parameter not in empty and _plain(name) in named
         }
         self._layer_of = dict(_adapted(self._model))
+        for name, (_, module) in self._layer_of.items():
+            if name not in named:
+                raise ValueError(
+                    f"{name.rpartition('.')[0]} cannot be merged: it is a {type(module).__name__} "
+                    "of peft; share the adapter as it is"
+                )
         self._last: tuple[nn.Module | None, dict[str, Tensor]] = (None, {})
         self._check_tied(named)
 

@@ -190,6 +190,22 @@ def test_what_cannot_be_merged_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:aLoRA is currently")
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"trainable_token_indices": {"embed_tokens": [3]}}, "embed_tokens.* TrainableTokensLayer"),
+        ({"alora_invocation_tokens": [3]}, "k_proj cannot be merged: aLoRA"),
+    ],
+)
+def test_a_kind_that_cannot_be_merged_is_named(settings, told, tmp_path):
+    """Nothing that an adapter has is left out without a word."""
+    folder = adapter_in(tmp_path / "adapter", "smolvlm", **settings)
+    with pytest.raises(ValueError, match=told):
+        iq.merge(folder, tmp_path / "out", verify=False)
+    assert not list(tmp_path.glob("*out*"))
+
+
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True", "ignore:.*tied.*modules")
 def test_a_tied_weight_is_named(tmp_path):
     """Embeddings that are the head as well cannot learn alone."""
