@@ -519,8 +519,8 @@ MUTANTS = (
     _m(
         "the best checkpoint is deleted",
         "training/saving.py",
-        "protected = {state.global_step, state.best_step}",
-        "protected = {state.global_step}",
+        "protected = {self._state.global_step, self._state.best_step}",
+        "protected = {self._state.global_step}",
         "training/test_saving.py::test_the_best_is_loaded_and_never_deleted",
     ),
     # When things happen.
