@@ -125,26 +125,34 @@ def test_samples_are_shown_along_the_way(lora, processor, cards, tmp_path):
         assert {row["row"]: row["text"] for row in end["rows"]} == said
 
 
-def test_the_report_changes_no_number(base, processor, cards, tmp_path):
-    """A to_example that draws at random, a gallery that cannot be written: the same weights."""
-    drawn = []
+@pytest.mark.parametrize("how", ["gone on", "in the way"])
+def test_the_report_changes_no_number(base, processor, cards, tmp_path, how):
+    """Rows are read for it once more after a resume, or it cannot be written: the same weights,
+    with a to_example, too, that draws at random."""
 
     def to_example(card):
-        drawn.append(torch.rand(1))
+        torch.rand(1)
         return iq.pokemon_card_example(card)
 
-    ends = []
-    for name in ("a", "b"):
-        folder = tmp_path / name
-        folder.mkdir()
-        if name == "b":
-            (folder / "gallery").write_text("in the way")
-            (folder / "report.html").mkdir()
-        model = iq.add_lora(copy.deepcopy(base))
-        train(model, processor, cards[:20], cards[20:22], folder, to_example, num_workers=0)
-        ends.append(tensors_of(folder / "checkpoint-4"))
-    assert same(*ends)
-    assert drawn
+    def run(folder, on_log=None):
+        given = copy.deepcopy(base), processor, cards[:20], cards[20:22]
+        config = settings(folder, max_steps=6)
+        iq.train(
+            *(iq.add_lora(given[0]), *given[1:]),
+            config=config,
+            to_example=to_example,
+            on_log=on_log,
+        )
+
+    run(tmp_path / "a")
+    if how == "gone on":
+        run(tmp_path / "b", lambda record: iq.STOP if record["step"] == 2 else None)
+        assert not (tmp_path / "b" / "checkpoint-6").exists()
+    else:
+        (tmp_path / "b" / "report.html").mkdir(parents=True)
+        (tmp_path / "b" / "gallery").write_text("in the way")
+    run(tmp_path / "b")
+    assert same(*(tensors_of(tmp_path / name / "checkpoint-6") for name in "ab"))
 
 
 def test_what_cannot_be_written_is_a_warning(lora, processor, cards, tmp_path, caplog):
