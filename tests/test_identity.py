@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import RUN_FILES, config_of, same
+from helpers import EVALUATED, config_of, same
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
@@ -69,7 +69,7 @@ def test_the_best_stays_by_whatever_path(train, tmp_path, monkeypatch, output_di
     assert same(load_checkpoint(result.best_checkpoint).adapter, best)
     assert same(adapter_tensors(model), best)
     left = {path.name for path in (tmp_path / "runs" / "a").iterdir()}
-    assert left == {"checkpoint-1", "checkpoint-4", *RUN_FILES, "best"}
+    assert left == {"checkpoint-1", "checkpoint-4", *EVALUATED}
     assert {path.name for path in tmp_path.iterdir()} == {"link", "runs"}
 
 

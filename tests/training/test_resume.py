@@ -500,5 +500,5 @@ def test_every_field_of_a_state_has_its_place():
     counters = {field.name for field in dataclasses.fields(Counters)}
     in_other_parts = {"run", "best_step", "unlogged_loss", "scaler", "model", "optimizer", "device"}
     compared = {"config", "total_steps", "origin", "criterion"}
-    of_one_process = {"coverage", "window_rng", "half_updated", "execution"}
+    of_one_process = {"coverage", "window_rng", "half_updated", "execution", "is_unchanged"}
     assert fields - counters == in_other_parts | compared | of_one_process
