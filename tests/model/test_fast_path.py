@@ -427,7 +427,7 @@ def test_images_that_pad_are_not_looked_at(base, processor, cards, padding):
     expected = slow(model, batch)
     path = FastPath(model, torch.float32)
     seen = []
-    hook = base.model.vision_model.embeddings.register_forward_hook(
+    hook = base.model.vision_model.embeddings.patch_embedding.register_forward_hook(
         lambda module, inputs, output: seen.append(len(output))
     )
     path.model.zero_grad()
