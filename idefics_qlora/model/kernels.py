@@ -25,6 +25,9 @@ except ImportError:  # macOS, Windows, a CPU-only installation
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs the kernels, on a CPU too: for tests."""
+OPTIONS = {"enable_fp_fusion": True}
+"""What kernels are compiled with, where a launch says nothing else. Triton's default of it changes
+with 3.10."""
 
 
 def usable(tensor: Tensor) -> bool:
@@ -35,8 +38,7 @@ def usable(tensor: Tensor) -> bool:
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     # Tensors without data (estimates of memory and work) need no arithmetic.
     if not any(isinstance(arg, FakeTensor) for arg in args):
-        options.setdefault("enable_fp_fusion", True)  # Triton's default changes with 3.10
-        kernel[grid](*args, **options)
+        kernel[grid](*args, **{**OPTIONS, **options})
 
 
 if triton is not None:
