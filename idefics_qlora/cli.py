@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import glob
 import io
 import json
@@ -52,21 +53,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         return _overview(arguments)
     name, *rest = arguments
+    from idefics_qlora.advice import in_options, telling_in_options
     from idefics_qlora.told import SettingsError
 
     try:
-        return COMMANDS[name].run(rest)
+        with telling_in_options(lambda: _options(name)):
+            return COMMANDS[name].run(rest)
     except SettingsError as error:
         number = len(error.problems)
         print(f"{PROG} {name}: {number} problem{'s' * (number > 1)}", file=sys.stderr)
         for problem in error.problems:
-            print(f"  - {problem}", file=sys.stderr)
+            print(f"  - {in_options(problem, _options(name))}", file=sys.stderr)
         return WRONG
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read has left: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # SIGPIPE, of which Windows has no name
+
+
+@functools.cache
+def _options(command: str) -> list[str]:
+    """Names of a command's options, without dashes."""
+    strings = COMMANDS[command].parser()._option_string_actions
+    return [option.removeprefix("--") for option in strings if option.startswith("--")]
 
 
 def _overview(arguments: list[str]) -> int:

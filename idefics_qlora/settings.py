@@ -203,8 +203,7 @@ class Told:
             has_rows = self.values["data.eval"] is not None
             problems += evaluation_problems(config, metrics, has_rows)
         for problem in problems:
-            told = ValueError(problem.replace("eval_rows", "data.eval"))
-            self.problems += located("train", told, self.given)
+            self.problems += located("train", ValueError(problem), self.given)
 
     def check_rows(self, to_example: Captions | None, **rows: Any) -> None:
         """See that one of the first rows of each kind can be read, without loading a model."""

@@ -94,12 +94,13 @@ class Hub:
             private = asked.get("private") or asked.get("visibility") == "private"
             self.repos[name] = {"private": bool(private), "files": {}}
             return 200, {"url": f"{self.url}/{name}"}
-        if found := re.fullmatch(r"(?:GET|HEAD) /(\w+/\w+)/resolve/\w+/README.md", request):
-            card = self.cards.get(found[1])
-            return (200, card.encode()) if card else (404, {"error": "not there"})
         if found := re.fullmatch(r"GET /api/models/(\w+/\w+)(?:/revision/main)?", request):
-            repo = self.repos[found[1]]
-            return 200, {"id": found[1], "private": repo["private"], "sha": SHA, "siblings": []}
+            repo, about = self.repos.get(found[1]), {"id": found[1], "sha": SHA, "siblings": []}
+            if found[1] in self.cards:
+                return 200, {**about, "private": False, "cardData": self.cards[found[1]]}
+            if repo is None:
+                return 404, {"error": "not there"}
+            return 200, {**about, "private": repo["private"]}
         if re.fullmatch(r"POST /api/models/\w+/\w+/preupload/main", request):
             files = json.loads(body)["files"]
             kinds = {f["path"]: f["path"].endswith((".safetensors", ".png")) for f in files}

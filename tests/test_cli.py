@@ -168,7 +168,7 @@ def test_keys_and_values_and_data_are_told_together(here, capsys):
         r"command line: train.augmnt: did you mean train.augment\?",
         r"train.output_dir is missing: expected .* in the file of --config or as --train.output_",
         r"bad.yaml, line 8: train.max_steps=0: expected a whole number of at least 1",
-        r"bad.yaml, line 9: train.save_steps=30 is not a multiple of eval_steps=20",
+        r"bad.yaml, line 9: train.save_steps=30 is not a multiple of train.eval_steps=20",
         r"lora: .*`layers_to_transform`",
         r"bad.yaml, line 6: data.answer='\{text': expected '\}'",
         r"bad.yaml, line 4: data.train='rows.jsonl': rows.jsonl, line 2: no JSON",
@@ -259,7 +259,7 @@ def test_packages_and_steps_are_told_with_the_rest(here, capsys, monkeypatch):
             f'pip install "idefics_qlora[{name}]"'
         )
     assert problems[2].startswith(
-        "run.yaml, line 5: train.warmup_steps=1000 is more than the 128 steps that num_train_epochs"
+        "run.yaml, line 5: train.warmup_steps=1000 is more than the 128 steps that train.num_tra"
     )
     assert [problem.split(":")[0] for problem in problems[3:]] == ["data.train[0]", "data.eval[0]"]
 
@@ -489,7 +489,7 @@ def test_the_longest_edge_is_a_setting(here, capsys, bases):
         numbers.append(int(re.search(r"row 0: (\d+) tokens", capsys.readouterr().out)[1]))
     assert numbers[1] < numbers[0]
     (problem,) = problems_of(capsys, *preview, "tiny", "--model.longest_edge", "64")
-    assert problem.startswith("longest_edge=64: pictures of 'idefics' models have one size")
+    assert problem.startswith("model.longest_edge=64: pictures of 'idefics' models have one size")
     small = ["--config", "run.yaml", "--model.base", base, "--model.longest_edge", "64"]
     assert cli.main(["train", *small, "--train.max_steps", "1"]) == 0
     assert yaml.safe_load(Path("run/config.yaml").read_text())["model"]["longest_edge"] == 64

@@ -27,7 +27,7 @@ FLOORS = (
     ("sharing",),
     ("training",),
     ("tiny",),
-    ("__init__", "told", "fields", "settings", "cli", "__main__"),
+    ("__init__", "advice", "told", "fields", "settings", "cli", "__main__"),
 )
 """Rooms, and files at the root, from the top to the bottom."""
 

@@ -8,9 +8,8 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from idefics_qlora.checkpoint import ADAPTER, ADAPTER_CONFIG, CARD, SHARED
@@ -22,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
 """What the Hub's access tokens look like."""
+SECONDS = 5.0
+"""For the question what licence a base has."""
 AGAIN = "run the same again: files that have arrived are not sent again"
 
 
@@ -33,6 +34,8 @@ class Upload:
     private: bool
     files: dict[str, bytes | Path]
     """By their path in the repository."""
+    base: str = ""
+    """What is known of the base, in a line; empty for a base that is not on the Hub."""
 
     @property
     def url(self) -> str:
@@ -45,6 +48,8 @@ class Upload:
         for path, content in self.files.items():
             size = len(content) if isinstance(content, bytes) else content.stat().st_size
             lines.append(f"  {size / 1e6:10.3f} MB  {path}")
+        if self.base:
+            lines.append(self.base)
         return "\n".join(lines)
 
     def send(self) -> None:
@@ -169,13 +174,13 @@ def planned(
         facts, files = _of_merged(folder, base)
     else:
         facts, files = _of_adapter(folder, base)
-    license = None if facts.base is None else _license_of(facts.base)
+    license, told = (None, "") if facts.base is None else _license_of(facts.base)
     card = model_card(facts, repo_id, is_on_hub=True, pictures=PICTURES, license=license)
     files = {CARD: card.encode(), SHARED: json_bytes(vars(facts)), **files}
     for path, content in files.items():
         if isinstance(content, bytes) and _TOKEN.search(content):
             raise ValueError(f"{path} would hold what looks like an access token of the Hub")
-    return Upload(repo_id, private, files)
+    return Upload(repo_id, private, files, told)
 
 
 Files = dict[str, "bytes | Path"]
@@ -220,10 +225,18 @@ def _shared(folder: Path) -> Facts:
     return Facts(**{name: value for name, value in values.items() if name in known})
 
 
-def _license_of(base: str) -> str | None:
-    """The licence that the base's own card names, if it can be had."""
+def _license_of(base: str) -> tuple[str | None, str]:
+    """The licence that the base's own card names, by one quick question; and what is known of it.
+
+    Nothing is tried again: a base that cannot be reached must not keep anybody waiting.
+    """
     try:
-        data: Any = ModelCard.load(base).data
-    except Exception:  # offline, private, without a card, or one that cannot be parsed
-        return None
-    return data.license
+        data = HfApi().model_info(base, timeout=SECONDS).card_data
+    except HfHubHTTPError as error:
+        why = f"the Hub answers {error.response.status_code}"
+        return None, f"the base {base} and its licence: not checked ({why})"
+    except Exception as error:  # offline, slow, or a card that cannot be parsed
+        why = type(error).__name__
+        return None, f"the base {base} and its licence: not reached, not checked ({why})"
+    license = None if data is None else data.license
+    return license, f"the base {base}: its licence is {license or 'not told by its card'}"

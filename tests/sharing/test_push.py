@@ -75,20 +75,37 @@ def texts_of(upload):
 
 
 def test_what_would_go_is_shown_and_nothing_goes(hub, run, capsys):
-    """--dry_run lists every file with its size, says that it is private, and asks no server."""
+    """--dry_run lists every file with its size, says that it is private, and asks no more
+    than whether the base is there."""
     assert cli.main(["push", str(run), ME, "--base", "someone/base", "--dry_run", "true"]) == 0
     told = capsys.readouterr().out
     assert told.startswith(f"{ME} (private), 6 files:")
     for name in ("README.md", "adapter_config.json", "adapter_model.safetensors"):
         assert re.search(rf"\d MB  {name}$", told, re.MULTILINE)
     assert "samples/row-1-image-0.png" in told
-    assert not hub.sent("(POST|PUT) .*")
+    assert "the base someone/base and its licence: not checked (the Hub answers 404)" in told
+    assert hub.sent(".*someone.*|.*cards.*") == ["GET /api/models/someone/base"]
+
+
+def test_a_dry_run_does_not_wait_for_a_network(hub, run, monkeypatch):
+    """Of a Hub that is not there a base's licence is asked once; what would go is shown."""
+    hub.faults["GET /api/models/someone/base"] = [503] * 9
+    upload = iq.push(run, ME, base="someone/base", dry_run=True)
+    assert str(upload).endswith("and its licence: not checked (the Hub answers 503)")
+    assert len(hub.sent("GET /api/models/someone/base")) == 1
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    upload = iq.push(run, ME, base="someone/base", dry_run=True)
+    assert str(upload).endswith("not reached, not checked (ConnectError)")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    client.close_session()
+    upload = iq.push(run, ME, base="someone/base", dry_run=True)
+    assert str(upload).endswith("not reached, not checked (OfflineModeIsEnabled)")
 
 
 def test_an_adapter_arrives_with_its_card(hub, run, caplog, capsys):
     """Private, byte for byte, without what a resume needs, and with no name of this machine."""
     caplog.set_level(logging.DEBUG)
-    hub.cards["someone/base"] = "---\nlicense: apache-2.0\n---\n# base\n"
+    hub.cards["someone/base"] = {"license": "apache-2.0"}
     assert cli.main(["push", str(run), ME, "--base", "someone/base"]) == 0
     assert f"uploaded: {hub.url}/{ME}" in capsys.readouterr().out
     repo = hub.repos[ME]
