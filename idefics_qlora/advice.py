@@ -23,7 +23,7 @@ _ARGUMENT = re.compile(
 )
 _PLAIN = {"True": "true", "False": "false", "None": "null"}
 
-_CALLS = (
+_CALLS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     # "Pass it to whichever function you call": a command is one.
     (r" to train, evaluate, generate or open_image\b", ""),
     (r", as an argument of load_model or load_finetuned\b", ""),
@@ -32,9 +32,8 @@ _CALLS = (
     (r"\b(?:access=)?ImageAccess\(([^()]*)\)", r"\1"),
     (r"\bImageAccess\.(\w+)", r"data.access.\1"),
     (
-        r"\bto_example=idefics_qlora\.Captions\(answer=(\"[^\"]*\")\)"
-        r"(?: or a function of your own)?",
-        r"--data.answer \1",
+        r"\bto_example=idefics_qlora\.Captions\(([^()]*)\)(?: or a function of your own)?",
+        lambda found: re.sub(r"(\w+)=(\"[^\"]*\"),?", r"--data.\1 \2", found[1]),
     ),
     (r"\bthe to_example function\b", "data.answer, the template of what is learnt"),
     (r"\bpass eval_rows\b", "pass --data.eval"),

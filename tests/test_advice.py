@@ -28,6 +28,10 @@ TRAIN += ("train.num_workers", "train.precision", "output", "question", "data.qu
             'data.train[0]: no known format; otherwise pass --data.answer " {your_column}"',
         ),
         (
+            'pass to_example=idefics_qlora.Captions(image="picture_column", answer=" {text}")',
+            'pass --data.image "picture_column" --data.answer " {text}"',
+        ),
+        (
             "the row has ['a']: pass image=its picture column",
             "the row has ['a']: pass --data.image its picture column",
         ),

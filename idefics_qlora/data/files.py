@@ -39,7 +39,8 @@ def load_rows(
 
     Args:
         path: A folder with ``metadata.jsonl`` or ``metadata.csv`` or with folders of pictures; or a
-            file: ``.jsonl``, ``.csv``, ``.json`` (a list of objects) in UTF-8, or ``.parquet``.
+            file: ``.jsonl``, ``.csv`` or ``.tsv`` (commas, or, where its first line has none,
+            semicolons or tabs), ``.json`` (a list of objects) in UTF-8, or ``.parquet``.
         access: Its ``folder`` takes the place of the metadata's, and with ``allow_absolute_paths``
             absolute paths may lead anywhere.
 
@@ -133,16 +134,25 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         csv.field_size_limit(max(csv.field_size_limit(), 2**24))  # a text may be long
-        reader = csv.DictReader(lines, strict=True)
         number = 1
         try:
-            columns = len(reader.fieldnames or ())
+            # Where there is no comma, what spreadsheets write instead.
+            header, marks = lines.readline(), "\t,;" if file.suffix == ".tsv" else ",;\t"
+            mark = next((mark for mark in marks if mark in header), ",")
+            lines.seek(0)
+            reader = csv.DictReader(lines, strict=True, delimiter=mark)
+            columns = [*(reader.fieldnames or ())]
             number = reader.line_num + 1  # where a row starts; in quotes it may span several lines
             for row in reader:
                 if None in row or None in row.values():
-                    raise ValueError(f"expected {columns} values, as many as the header has")
+                    raise ValueError(
+                        f"expected {len(columns)} values, as many as the header has, separated by "
+                        f"{mark!r}: {columns}"
+                    )
                 yield f"line {number}", row
                 number = reader.line_num + 1
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, line {number}: {error}: save it in UTF-8") from error
         except (csv.Error, ValueError) as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
 
@@ -185,7 +195,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{file}, after {number} rows: no parquet: {error}") from error
 
 
-READERS = {".jsonl": _jsonl, ".csv": _csv, ".json": _json, ".parquet": _parquet}
+READERS = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".json": _json, ".parquet": _parquet}
 """By the end of a file's name: what gives its rows, each with its place for errors."""
 
 

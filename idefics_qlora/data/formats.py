@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from idefics_qlora.data.captions import (
     IMAGE_COLUMNS,
     Captions,
     first_picture,
+    has_value,
     pokemon_card_example,
 )
 from idefics_qlora.data.example import (
@@ -83,8 +84,8 @@ class Format(NamedTuple):
     becomes: str
     convert: Callable[[Mapping[str, Any]], Example]
 
-    def missing(self, row: Mapping[str, Any]) -> list[tuple[str, ...]]:
-        """What the row lacks, of each tuple one."""
+    def missing(self, row: Container[str]) -> list[tuple[str, ...]]:
+        """What the row, or its columns, lack; of each tuple one."""
         return [columns for columns in self.needs if not any(c in row for c in columns)]
 
 
@@ -94,14 +95,25 @@ def _known_example(row: Any) -> Example:
             f"a row with type {type(row).__name__} is no known format: expected an Example or a "
             "mapping of columns; otherwise pass to_example= a function of your own"
         )
-    for known in FORMATS:
-        if not known.missing(row):
-            return known.convert(row)
+    for columns in (_filled(row), row):
+        for known in FORMATS:
+            if not known.missing(columns):
+                return known.convert(row)
+    image = "" if any(column in row for column in IMAGE_COLUMNS) else 'image="picture_column", '
     raise TypeError(
         f"a row with columns {sorted(map(str, row))} is no known format; {_nearest(row)}; "
-        'otherwise pass to_example=idefics_qlora.Captions(answer=" {your_column}") or a function '
-        "of your own"
+        f'otherwise pass to_example=idefics_qlora.Captions({image}answer=" {{your_column}}") or a '
+        "function of your own"
     )
+
+
+def _filled(row: Mapping[str, Any]) -> set[str]:
+    """The columns with a value: in a table of several kinds of rows, each row has those of all."""
+    return {
+        column
+        for column, value in row.items()
+        if has_value(row, column) and not (isinstance(value, float) and value != value)  # a gap
+    }
 
 
 def _nearest(row: Mapping[str, Any]) -> str:
@@ -149,10 +161,12 @@ def _answered(row: Mapping[str, Any]) -> Mapping[str, Any]:
         last = turns[-1] if isinstance(turns, (list, tuple)) and turns else None
         if isinstance(last, Mapping) and last.get(who) in user:
             return {**row, column: [*turns, {who: role, said: NO_ANSWER}]}
-    lacking = [known.missing(row) for known in FORMATS]
-    complete = [known for known, lacks in zip(FORMATS, lacking, strict=True) if not lacks]
-    asking = [k for k, lacks in zip(FORMATS, lacking, strict=True) if lacks == [k.answer]]
-    for known in [*complete, *asking][:1]:
+    candidates = []
+    for columns in (_filled(row), row):
+        lacking = [known.missing(columns) for known in FORMATS]
+        candidates += [known for known, lacks in zip(FORMATS, lacking, strict=True) if not lacks]
+        candidates += [k for k, lacks in zip(FORMATS, lacking, strict=True) if lacks == [k.answer]]
+    for known in candidates[:1]:
         if known.answer:
             return {**row, **dict.fromkeys(known.answer), known.answer[0]: NO_ANSWER}
     return row
@@ -252,7 +266,7 @@ FORMATS = (
     ),
     _SAMPLE,
 )
-"""The known formats; a row is in the first of which it has all columns."""
+"""The known formats; a row is in the first of which it has all columns, if possible with values."""
 
 
 def table() -> str:

@@ -1,5 +1,6 @@
 """Rows from files, and what is refused in them."""
 
+import csv
 import json
 
 import datasets
@@ -41,6 +42,19 @@ def test_a_folder_with_either_metadata(folder, picture):
     (folder / "metadata.csv").write_text(table, encoding="utf-8-sig")  # as spreadsheets write it
     assert iq.load_rows(folder) == read
     assert iq.load_rows(folder / "metadata.csv") == read
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t"), ("a.tsv", ",")]
+)
+def test_tables_as_spreadsheets_write_them(folder, name, mark):
+    """Semicolons, where a comma is that of numbers, and tabs; commas in texts are theirs."""
+    texts = ["A fox, red", "Two\nlines: \u00e9"]
+    lines = [["file_name", "text"], *(["a.png", text] for text in texts)]
+    with (folder / name).open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=mark).writerows(lines)
+    expected = [{"text": text, "image": folder / "a.png"} for text in texts]
+    assert iq.load_rows(folder / name) == expected
 
 
 def test_every_place_of_a_picture(folder):
@@ -103,7 +117,8 @@ def test_paths_that_leave_the_folder_are_refused(folder, tmp_path, row, value):
         ("rows.csv", b"a,b\n1,2,3\n", "rows.csv, line 2: expected 2 values"),
         ("rows.csv", b'a,b\n"1,2\n', "rows.csv, line 2: unexpected end of data"),
         ("rows.csv", b'a,b\n"1\n1",2\n3\n', "rows.csv, line 4: expected 2 values"),
-        ("rows.csv", b"a,b\n\xff,2\n", "rows.csv, line [12]: .*utf-8"),
+        ("rows.csv", b"a;b,c\n1;2\n", r"line 2: .*by ',': \['a;b', 'c'\]"),
+        ("rows.csv", b"a,b\n\xff,2\n", "rows.csv, line [12]: .*utf-8.*: save it in UTF-8"),
         ("rows.txt", b"", "ends in .jsonl or .csv"),
     ],
 )

@@ -18,7 +18,7 @@ from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.captions import QUESTION
 from idefics_qlora.data.example import Turn, naming_row
 from idefics_qlora.data.fingerprints import hash_given
-from idefics_qlora.data.formats import as_example, table
+from idefics_qlora.data.formats import as_example, prompt_of, table
 from idefics_qlora.data.rows import RowReader
 from idefics_qlora.images.access import DEFAULT_ACCESS
 
@@ -312,6 +312,28 @@ def test_the_json_of_llava(picture, tmp_path):
     file.write_text('{"a": 1}')
     with pytest.raises(ValueError, match="llava.json: expected a list of objects"):
         iq.load_rows(file)
+
+
+def test_a_table_of_several_kinds_of_rows(picture, processor):
+    """`datasets` gives every row the columns of all: those that are `None` choose no format, and
+    neither do NaN, as pandas has it, and nothing, as CSV has it; nor where the model is asked."""
+    asking = {"image": picture, "question": "Which colour?", "answer": "Red."}
+    telling = {"image": picture, "text": "A fox."}
+    chat = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}
+    kinds = [datasets.Dataset.from_list([row]) for row in (asking, telling, chat)]
+    rows = datasets.concatenate_datasets(kinds)
+    assert rows[1]["question"] is None
+    read = [row_of(rows.select([i]), processor) for i in range(3)]
+    assert [e.completion for e in read] == ["Red.", " A fox.", "!"]
+    for nothing in (None, "", float("nan")):
+        row = {**telling, "question": nothing, "answer": nothing, "messages": nothing}
+        assert as_example(row).completion == " A fox."
+        assert list(prompt_of(row)) == [picture, QUESTION]
+        assert list(prompt_of({**row, "text": nothing, "label": "fox"})) == [picture, QUESTION]
+        (turn,) = prompt_of({**row, **asking, "text": nothing, "answer": nothing})
+        assert [*turn.content] == [picture, "Which colour?"]
+    with pytest.raises(ValueError, match="answer=None and answers=None: expected text"):
+        as_example({**asking, "answer": None, "text": None})
 
 
 # --- what is said of others -----------------------------------------------------------------------
