@@ -83,6 +83,7 @@ _INSIDE = {
 _MAY_HAVE = {
     **{"run": str, "finished_step": int, "num_told": int, "judged_from": int},
     **{"diverged": (str, NoneType), "draft": bool, "image_side": int},
+    "templates": (dict, NoneType),
     "too_large": list,
 }
 """What that of 0.1 does not have."""
@@ -266,8 +267,8 @@ def load_adapter_files(
 
     Returns:
         The adapter's tensors (on the CPU), its configuration, and the state of the run that made
-        it (of an adapter that was shared ``base`` and ``image_side`` alone; ``None`` for a folder
-        of another origin).
+        it (of an adapter that was shared ``base``, ``image_side`` and ``templates`` alone; ``None``
+        for a folder of another origin).
 
     Raises:
         FileNotFoundError: If one of the two files is missing.
@@ -288,8 +289,24 @@ def load_adapter_files(
     if (folder / SHARED).is_file():
         shared = json_mapping(folder / SHARED, read_whole(folder / SHARED))
         if shared.get("fingerprint") is not None:
-            state = {"base": shared["fingerprint"], "image_side": shared.get("image_side")}
+            state = {"base": shared["fingerprint"]}
+            state |= {name: shared.get(name) for name in ("image_side", "templates")}
     return tensors_in(adapter, read_whole(adapter)), json_mapping(config, read_whole(config)), state
+
+
+def templates_in(folder: Path) -> Any:
+    """The templates that a folder says its model was trained with; ``None`` if it does not tell.
+
+    Args:
+        folder: A run's, a checkpoint's or one that was shared; not verified.
+    """
+    for place in (folder, *reversed(checkpoints(folder))):
+        for name in (SHARED, STATE):
+            try:
+                return json_mapping(place / name, read_whole(place / name)).get("templates")
+            except (OSError, CheckpointError):
+                continue
+    return None
 
 
 def clear_leftovers(output_dir: Path) -> None:

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from peft import LoraConfig
 from transformers import AutoProcessor
 
+from idefics_qlora.checkpoint import templates_in
 from idefics_qlora.config import TrainConfig, check_whole
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.captions import QUESTION, Captions
+from idefics_qlora.data.captions import QUESTION, Captions, columns_of
 from idefics_qlora.data.files import load_rows
 from idefics_qlora.data.rows import RowReader
+from idefics_qlora.data.templates import captions_of, known, question_of
 from idefics_qlora.evaluation.metrics import BY_NAME
 from idefics_qlora.evaluation.predictions import Metric, metric_problems
 from idefics_qlora.families import family_of_config
@@ -112,10 +113,12 @@ class Told:
         return self._made("lora", LoraConfig, Exception)
 
     def to_example(self) -> Captions | None:
-        """How a row becomes an example; ``None`` for rows of a known format."""
-        templates = {**self._templates_of_run(), **self._templates()}
+        """How a row becomes an example; ``None`` for a known format, or as in training."""
+        if not (own := self._templates()):
+            return None  # the model knows what it was trained with
+        templates = {**self._templates_of_run(), **own}
         if "answer" not in templates:
-            for name in templates:
+            for name in own:
                 self._note(f"data.{name}", "needs data.answer, the template of what is learnt")
             return None
         try:
@@ -132,22 +135,10 @@ class Told:
         return {name: value for name, value in values.items() if value is not None}
 
     def _templates_of_run(self) -> dict[str, Any]:
-        """The same of the run in whose folder the adapter is, if its file tells."""
+        """The same of the run that trained the adapter, if that is known."""
         if (adapter := self.values.get("adapter")) is None:
             return {}
-        folder = Path(adapter).expanduser()
-        for place in (folder, folder.absolute().parent):  # a run's folder, a checkpoint of it
-            with contextlib.suppress(
-                OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError
-            ):
-                settings = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
-                data = settings["data"]
-                return {
-                    name: data[name]
-                    for name in ("answer", "question", "image")
-                    if isinstance(data.get(name), str)
-                }
-        return {}
+        return known(templates_in(Path(adapter).expanduser())) or {}
 
     def metrics(self) -> dict[str, Metric]:
         """The metrics that are asked for, by name."""
@@ -166,10 +157,11 @@ class Told:
                 if "{" in question:
                     self._note(name, field)
                 return str(question)
-        question = self._templates_of_run().get("question", QUESTION)
-        if "{" in question:
+        templates = self._templates_of_run()
+        question = templates.get("question", QUESTION)
+        if captions_of(templates) is not None and columns_of("question", question):
             self.problems.append(f"the question of the adapter's run, {question!r}, {field}")
-        return question
+        return question_of(templates)
 
     def rows(self, name: str) -> Any:
         """The rows that ``data.train`` or ``data.eval`` names."""

@@ -472,8 +472,10 @@ def test_the_folder_of_a_run_is_a_configuration(here, capsys):
         losses.append(json.loads(capsys.readouterr().out)["eval_loss"])
     assert losses[0] == losses[1] == pytest.approx(first[-1]["eval_loss"], rel=1e-4)
     assert losses[2] != losses[0]
-    Path("run/config.yaml").write_text("data: {question: 'What {kind} is it?'}")
-    (problem,) = problems_of(capsys, "generate", "--adapter", "run", "photos")
+    Path("shared").mkdir()
+    templates = {"question": "What {kind} is it?", "answer": " {text}"}
+    Path("shared/idefics_qlora.json").write_text(json.dumps({"templates": templates}))
+    (problem,) = problems_of(capsys, "generate", "--adapter", "shared", "photos")
     assert problem.startswith(
         "the question of the adapter's run, 'What {kind} is it?', has a field"
     )

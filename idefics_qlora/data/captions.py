@@ -35,6 +35,11 @@ def first_picture(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Any, 
     raise ValueError(f"the row has no picture: neither {names} has a value")
 
 
+def has_picture(row: Mapping[str, Any], image: str | None) -> bool:
+    """Whether the row has a value in this column, or for ``None`` in one of ``IMAGE_COLUMNS``."""
+    return any(has_value(row, column) for column in (IMAGE_COLUMNS if image is None else (image,)))
+
+
 def pokemon_card_example(
     row: Mapping[str, Any], *, question: str = QUESTION, access: ImageAccess | None = None
 ) -> Example:
@@ -102,8 +107,17 @@ class Captions:
             raise ValueError(
                 f"the row has {sorted(row)}, not {names}: pass image=its picture column"
             )
-        question = _fill("question", self.question, row)
+        question = self.text(row)
         return [open_value(*first_picture(row, columns), self.access), question]
+
+    def text(self, row: Mapping[str, Any]) -> str:
+        """The prompt's text alone."""
+        return _fill("question", self.question, row)
+
+
+def columns_of(name: str, template: str) -> list[str]:
+    """The columns that a template of this name asks for."""
+    return [column for _, column in _fields(name, template) if column is not None]
 
 
 def _fields(name: str, template: str) -> list[tuple[str, str | None]]:

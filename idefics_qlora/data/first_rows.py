@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from idefics_qlora.data.batches import Tokens
-from idefics_qlora.data.captions import Captions
+from idefics_qlora.data.captions import QUESTION, Captions
 from idefics_qlora.data.checks import (
     REPEATED_ROWS,
     SAME_PICTURES,
@@ -31,6 +31,7 @@ from idefics_qlora.data.example import Example
 from idefics_qlora.data.pace import Reading
 from idefics_qlora.data.rows import Look, RowReader
 from idefics_qlora.data.same_rows import Unread, digest, digest_of, same_unread
+from idefics_qlora.data.templates import question_findings
 from idefics_qlora.notices import Notices
 
 
@@ -93,10 +94,13 @@ class FirstRows:
 
     Args:
         reader: Reads them.
+        trained: With what the model was trained that gets them.
     """
 
-    def __init__(self, reader: RowReader) -> None:
-        self.reader = reader
+    def __init__(self, reader: RowReader, trained: Captions | None = None) -> None:
+        self.reader, self.trained = reader, trained
+        self.ask_default = True
+        """Whether all rows have ended their prompt with the default question."""
         self.seen: dict[int, _Seen] = {}
         self.found: dict[str, list[tuple[str, str]]] = defaultdict(list)
         """By kind: name of the row and line."""
@@ -159,7 +163,9 @@ class FirstRows:
             *text_findings(example.prompt, collator.forged),
             *completion_findings(example, collator.forged),
             *picture_findings(pictures, pixels),
+            *question_findings(example.prompt, self.trained),
         ]
+        self.ask_default &= example.prompt[-1] == QUESTION
         for kind in dict.fromkeys(finding.kind for finding in findings):
             line = next(finding.line for finding in findings if finding.kind == kind)
             self.found[kind].append((name, line))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -22,11 +23,15 @@ from idefics_qlora.data.example import (
     as_prompt,
     naming_row,
 )
-from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess, opening_with
+from idefics_qlora.data.templates import for_row
+from idefics_qlora.images.access import DEFAULT_ACCESS, BadImage, ImageAccess, opening_with
 
 
 def as_example(
-    row: Any, to_example: ToExample | None = None, access: ImageAccess = DEFAULT_ACCESS
+    row: Any,
+    to_example: ToExample | None = None,
+    access: ImageAccess = DEFAULT_ACCESS,
+    trained: Captions | None = None,
 ) -> Example:
     """The row's :class:`Example`.
 
@@ -35,6 +40,8 @@ def as_example(
         to_example: The user's conversion, or ``None`` for rows that are examples already, or
             mappings in one of the :data:`FORMATS`.
         access: What the row's pictures are opened with, unless ``to_example`` names another.
+        trained: With what the model was trained: without a ``to_example``, rows that say nothing of
+            what is asked are asked the same.
 
     Raises:
         TypeError: If the row has no known format, or a value in it has the wrong type.
@@ -47,11 +54,17 @@ def as_example(
             if not isinstance(example, Example):
                 raise TypeError(f"to_example returned {example!r:.80}: expected an Example")
             return example
+        if isinstance(row, Mapping) and (captions := for_row(row, trained)) is not None:
+            with _as_trained():
+                return captions(row)
         return row if isinstance(row, Example) else _known_example(row)
 
 
 def prompt_of(
-    row: Any, to_example: ToExample | None = None, access: ImageAccess = DEFAULT_ACCESS
+    row: Any,
+    to_example: ToExample | None = None,
+    access: ImageAccess = DEFAULT_ACCESS,
+    trained: Captions | None = None,
 ) -> Sequence[PromptItem]:
     """What a model is asked by a row; its answer is not looked at and may be missing.
 
@@ -59,6 +72,7 @@ def prompt_of(
         row: As for :func:`as_example`, or a prompt.
         to_example: As for :func:`as_example`; it may return a prompt instead of an example.
         access: As for :func:`as_example`.
+        trained: As for :func:`as_example`.
 
     Raises:
         TypeError, ValueError, KeyError: As :func:`as_example`.
@@ -69,8 +83,25 @@ def prompt_of(
         if to_example is not None:
             row = to_example(row)
         elif isinstance(row, Mapping):
+            if (captions := for_row(row, trained)) is not None:
+                with _as_trained():
+                    return captions.prompt(row)
             return _known_example(_answered(row)).prompt
         return row.prompt if isinstance(row, Example) else as_prompt(row)
+
+
+@contextmanager
+def _as_trained() -> Iterator[None]:
+    """Say whose templates a row does not fit."""
+    try:
+        yield
+    except BadImage:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{error} (so the model was trained; for other rows pass to_example="
+            "idefics_qlora.Captions(...) or a function of your own)"
+        ) from error
 
 
 class Format(NamedTuple):

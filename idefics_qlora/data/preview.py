@@ -23,6 +23,7 @@ from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.first_rows import FirstRows
 from idefics_qlora.data.order import crop_seed
 from idefics_qlora.data.rows import RowReader, Rows, class_names
+from idefics_qlora.data.templates import trained_captions
 from idefics_qlora.families.family import check_processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.images.cropping import write_png
@@ -120,7 +121,8 @@ def preview_batch(
     Args:
         processor: The base's processor, as ``load_model`` returns it.
         rows: Training or evaluation rows.
-        to_example: Converts a row to an example, as in ``train``.
+        to_example: Converts a row to an example, as in ``train``; with the processor of
+            ``load_finetuned`` as in ``evaluate``.
         indices: Rows to show, in one batch. ``None``: the first two.
         loss_on: As in ``TrainConfig``.
         max_length: As in ``TrainConfig``.
@@ -142,12 +144,13 @@ def preview_batch(
     names = class_names(rows)
     if not hasattr(rows, "__len__"):  # a stream: as far as it is to be shown
         rows = list(islice(iter(rows), max(indices or [1]) + 1))
-    reader = RowReader(rows, "rows", to_example, collator)
+    trained = trained_captions(processor)
+    reader = RowReader(rows, "rows", to_example, collator, trained=trained)
     reader.class_names = names
     shown = list(range(min(2, len(reader))) if indices is None else indices)
     if not shown or not all(0 <= i < len(reader) for i in shown):
         raise ValueError(f"indices={shown}: expected row numbers, from 0 to {len(reader) - 1}")
-    seen = FirstRows(reader)
+    seen = FirstRows(reader, trained)
     read = [
         reader.read(i, crop_seed(seed, 0, i) if augment else None, seen.looking(i, ...))
         for i in shown

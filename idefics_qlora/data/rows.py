@@ -64,6 +64,8 @@ class RowReader:
         to_example: The user's conversion of a row, or ``None``.
         collator: Tokenises and prepares images.
         once: Whether rows that can be read but once will do: anything to iterate over.
+        trained: With what the model was trained, for rows without a ``to_example``; ``None`` for
+            rows that it is trained on.
 
     Raises:
         TypeError: If the rows have neither numbers nor a resumable stream's methods.
@@ -77,6 +79,7 @@ class RowReader:
         to_example: ToExample | None,
         collator: Collator,
         once: bool = False,
+        trained: Captions | None = None,
     ) -> None:
         if isinstance(rows, (str, bytes, os.PathLike)):
             raise TypeError(
@@ -108,6 +111,7 @@ class RowReader:
         self.name = name
         self.to_example = to_example
         self.collator = collator
+        self.trained = trained
         self._encoded_rows = None
         is_known = isinstance(to_example, Captions | None) or to_example is pokemon_card_example
         if is_known and (collator.kept is not None or collator.access.draft):
@@ -261,12 +265,14 @@ class RowReader:
         The numbers of classes become their names, except for a ``to_example`` of the user's own.
         """
         with self.collator.opening():
-            return as_example(self._with_names(row), self.to_example, self.collator.access)
+            how = self.to_example, self.collator.access, self.trained
+            return as_example(self._with_names(row), *how)
 
     def prompt(self, row: Any) -> Sequence[PromptItem]:
         """What a row asks, with or without its answer; otherwise as :meth:`example`."""
         with self.collator.opening():
-            return prompt_of(self._with_names(row), self.to_example, self.collator.access)
+            how = self.to_example, self.collator.access, self.trained
+            return prompt_of(self._with_names(row), *how)
 
     def _with_names(self, row: Any) -> Any:
         if not self.class_names or not isinstance(self.to_example, Captions | None):

@@ -17,6 +17,7 @@ from idefics_qlora.data.bad_rows import BadRow
 from idefics_qlora.data.batches import Collator, Tokens
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.rows import Rows
+from idefics_qlora.data.templates import trained_captions
 from idefics_qlora.data.workers import Loading
 from idefics_qlora.evaluation.prompts import TOGETHER, Prompt, Prompts, loading_prompts
 from idefics_qlora.families import check_model_and_processor, family_of
@@ -83,8 +84,11 @@ def generate(
         processor: The base's processor.
         prompts: Lists of images and texts, or of chat messages, as in
             :class:`~idefics_qlora.Example`; or rows as in ``train``, of which the answer is not
-            looked at and may be missing; or a stream or an iterator of either.
-        to_example: As in ``train``; it may return a prompt instead of an example.
+            looked at and may be missing; or a stream or an iterator of either. For pictures alone,
+            ``[{"image": path}, ...]``.
+        to_example: As in ``train``; it may return a prompt instead of an example. ``None``: rows
+            with a picture that say nothing of what is asked are asked the question that the model
+            was trained with (``model.trained_templates``), or else the default.
         max_new_tokens: Tokens at most per text.
         batch_size: Prompts in one batch. ``auto``: on a GPU doubled from 8 up to 64 while the
             memory suffices, and halved where it does not; on a CPU 8.
@@ -182,7 +186,8 @@ def generate_iter(
         processor, num_embeddings=family_of(model).num_embeddings(model), access=access
     )
     together = TOGETHER if batch_size == "auto" else min(TOGETHER, batch_size)
-    loading = loading_prompts(rows, to_example, collator, num_workers, together)
+    how = to_example, collator, num_workers, together, trained_captions(model)
+    loading = loading_prompts(rows, *how)
 
     def write(prompts: Sequence[Prompt], counted: Counting) -> list[str]:
         return generate_from_tokens(

@@ -15,9 +15,11 @@ from torch import Tensor
 from idefics_qlora.config import LossOn, OnBadRow, check_whole
 from idefics_qlora.data.bad_rows import BadRows
 from idefics_qlora.data.batches import IGNORE, Collator
+from idefics_qlora.data.captions import Captions
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.order import EvalBatches
 from idefics_qlora.data.rows import RowReader, Rows
+from idefics_qlora.data.templates import question_findings, trained_captions
 from idefics_qlora.data.windows import Window
 from idefics_qlora.data.workers import Loading
 from idefics_qlora.evaluation.predictions import Answers, Metric, metric_problems
@@ -26,7 +28,7 @@ from idefics_qlora.families.family import Model, Processor
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.loss import predictions
 from idefics_qlora.model.precision import evaluation_mode
-from idefics_qlora.notices import advising
+from idefics_qlora.notices import Notices, advising
 from idefics_qlora.progress import counting
 
 FEW_ROWS = 64
@@ -58,7 +60,9 @@ def evaluate(
         model: The base, or the base with an adapter.
         processor: The base's processor.
         rows: Rows to evaluate on.
-        to_example: As in ``train``.
+        to_example: As in ``train``. ``None``: rows with a picture that say nothing of what is asked
+            become examples by the templates that the model was trained with
+            (``model.trained_templates``), if it was by ``Captions``.
         batch_size: Examples in one forward pass.
         loss_on: Which text tokens are targets.
         max_length: Text tokens of an example at most, as in :class:`~idefics_qlora.TrainConfig`.
@@ -91,7 +95,11 @@ def evaluate(
     check_whole(batch_size=batch_size, max_new_tokens=max_new_tokens)
     if problems := list(metric_problems(metrics or {})):
         raise ValueError("\n".join(problems))
-    reader = RowReader(rows, "rows", to_example, collator)
+    trained = trained_captions(model)
+    reader = RowReader(rows, "rows", to_example, collator, trained=trained)
+    if isinstance(to_example, Captions):
+        for kind, line in question_findings([to_example.question], trained):
+            Notices().warn(kind, f"to_example {line}")
     reader.need_length()
     asks = bool(metrics) or predictions_file is not None
     batches = EvalBatches(reader, batch_size, num_asked=len(reader) if asks else 0)

@@ -19,6 +19,7 @@ from idefics_qlora.config import LossOn, check_whole
 from idefics_qlora.data.batches import IGNORE, Batch, Collator, Tokens
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.rows import RowReader, Rows
+from idefics_qlora.data.templates import trained_captions
 from idefics_qlora.evaluation.generation import generate_from_tokens
 from idefics_qlora.families import check_model_and_processor, family_of
 from idefics_qlora.families.family import Model, Processor
@@ -132,7 +133,7 @@ def image_use(
         model: The base, or the base with an adapter.
         processor: The base's processor.
         rows: Held-out rows; those without a picture are passed over, as are bad ones.
-        to_example: As in ``train``.
+        to_example: As in ``evaluate``.
         fields: Reads a text's fields, to compare generated texts with the completions. ``None``:
             nothing is generated.
         max_rows: Rows to use at most, from the first.
@@ -155,7 +156,7 @@ def image_use(
     collator = Collator(
         processor, loss_on, family_of(model).num_embeddings(model), max_length, access
     )
-    reader = RowReader(rows, "rows", to_example, collator)
+    reader = RowReader(rows, "rows", to_example, collator, trained=trained_captions(model))
     reader.need_length()
     read: list[tuple[int, Tokens, list[Tensor]]] = []
     number = min(max_rows, len(reader))

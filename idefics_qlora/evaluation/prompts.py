@@ -13,10 +13,12 @@ from torch.utils.data import Dataset, IterableDataset
 
 from idefics_qlora.data.bad_rows import BadRow
 from idefics_qlora.data.batches import Collator, Tokens
+from idefics_qlora.data.captions import Captions
 from idefics_qlora.data.checks import Finding, text_findings
 from idefics_qlora.data.example import Example, ToExample
 from idefics_qlora.data.pace import FEWEST
 from idefics_qlora.data.rows import RowReader, Rows, RowStream
+from idefics_qlora.data.templates import question_findings
 from idefics_qlora.data.workers import Loading
 
 TOGETHER = 8
@@ -46,6 +48,7 @@ def loading_prompts(
     collator: Collator,
     num_workers: int | Literal["auto"],
     together: int = TOGETHER,
+    trained: Captions | None = None,
 ) -> Loading[Prompts]:
     """The rows as prompts, in order, read ahead by loader processes.
 
@@ -56,6 +59,7 @@ def loading_prompts(
         num_workers: Processes. ``auto``: few, and none where what is given could not be shared
             between processes: prompts with opened pictures, and iterators.
         together: Rows that are read at once.
+        trained: With what the model was trained.
     """
     are_prompts = isinstance(rows, (list, tuple)) and to_example is None
     if are_prompts and isinstance(rows[0], (Mapping, Example)):  # type: ignore[index]
@@ -67,7 +71,7 @@ def loading_prompts(
             'one alone is passed as [[image, "Question: ... Answer:"]]'
         )
     name = "prompts" if are_prompts else "rows"
-    reader = RowReader(rows, name, to_example, collator, once=True)
+    reader = RowReader(rows, name, to_example, collator, once=True, trained=trained)
     if num_workers == "auto":
         num_workers = FEWEST  # a row is read many times faster than it is answered
         if are_prompts or (isinstance(rows, Sized) and len(rows) <= 2 * together):
@@ -89,7 +93,10 @@ class _Reading:
         def convert(row: Any) -> Prompt:
             prompt = self.reader.prompt(row)
             (tokens,) = collator.prompt_tokens([prompt])
-            findings = list(text_findings(prompt, collator.forged))
+            findings = [
+                *text_findings(prompt, collator.forged),
+                *question_findings(prompt, self.reader.trained),
+            ]
             name = f"{self.reader.name}[{number}]"
             pixels = collator.pixels(prompt)
             return Prompt(name, collator.placed(tokens, pixels), pixels, findings)

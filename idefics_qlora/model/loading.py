@@ -10,6 +10,8 @@ cross-attention and text layers                       storage), computing in the
 patch and position embeddings, latents
 LoRA matrices                                         fp32
 ====================================================  =========================================
+
+More than 400 lines: what a base, an adapter and a merged model need to be loaded, in one place.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ from idefics_qlora.checkpoint import (
     load_adapter_files,
 )
 from idefics_qlora.config import check_choice
+from idefics_qlora.data.templates import remember
 from idefics_qlora.durable import CheckpointError
 from idefics_qlora.families import family_of_config
 from idefics_qlora.families.family import Processor
@@ -61,7 +64,14 @@ from idefics_qlora.model.base_weights import (
 )
 from idefics_qlora.model.cpu import prepare_for_cpu
 from idefics_qlora.model.precision import DTYPES, default_precision, set_compute_dtype
-from idefics_qlora.model.saved_base import Origin, is_hub_id, is_packed, no_manifest, verify_base
+from idefics_qlora.model.saved_base import (
+    Origin,
+    is_hub_id,
+    is_packed,
+    no_manifest,
+    shared_templates,
+    verify_base,
+)
 from idefics_qlora.progress import waiting_for, way_of
 
 logger = logging.getLogger(__name__)
@@ -188,6 +198,7 @@ def load_model(
     origin = origin or Origin(name, revision)
     model.name_or_path = model.config.name_or_path = origin.name or name
     model.base_revision = origin.revision if is_hub_id(model.name_or_path) else None
+    remember(shared_templates(name, revision), model, processor)
     model.loaded_with = {"quantize": quantize, "base_weights": base_weights}
     if longest_edge is not None:
         model.loaded_with["longest_edge"] = longest_edge
@@ -261,7 +272,9 @@ def load_finetuned(
         **load_options: Passed on to :func:`load_model`.
 
     Returns:
-        The model in evaluation mode, ready for ``generate``, and its processor.
+        The model in evaluation mode, ready for ``generate``, and its processor. Both know as
+        ``trained_templates`` what the model was asked in training, if that is known: rows that do
+        not say it are asked the same.
 
     Raises:
         FileNotFoundError: If the folder or one of its adapter files is missing.
@@ -289,6 +302,7 @@ def load_finetuned(
         # A copy of the base: whoever gets the adapter, trained further, finds it by its Hub id.
         peft_model.active_peft_config.base_model_name_or_path = adapter.recorded_base
         peft_model.active_peft_config.revision = adapter.recorded_revision
+    remember(None if state is None else state.get("templates"), peft_model, processor)
     load_adapter(peft_model, adapter.tensors, str(adapter.folder / ADAPTER))
     return peft_model.eval(), processor
 

@@ -6,6 +6,7 @@ them lie the processor's files and a manifest with size and SHA-256 of all other
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
+from idefics_qlora.checkpoint import SHARED
 from idefics_qlora.durable import (
     CheckpointError,
     check_is_free,
@@ -31,6 +34,8 @@ from idefics_qlora.families.family import Processor
 from idefics_qlora.machine import library_versions
 from idefics_qlora.model.base_weights import linear4bit_layers
 from idefics_qlora.model.precision import compute_dtype
+
+logger = logging.getLogger(__name__)
 
 QUANTIZED_MANIFEST = "quantized_manifest.json"
 FORMAT = "idefics_qlora-base-1"
@@ -50,6 +55,20 @@ class Origin(NamedTuple):
 def is_hub_id(name: str) -> bool:
     """Whether a base's name leads to the Hub and not to a folder."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def shared_templates(name: str, revision: str | None) -> Any:
+    """The templates that a merged model was trained with, if its folder or repository has them."""
+    lenient = ("gated_repo", "missing_entries", "connection_errors")
+    options = {f"_raise_exceptions_for_{what}": False for what in lenient}
+    file = cached_file(name, SHARED, revision=revision, **options)
+    if file is None:
+        return None
+    try:
+        return json_mapping(Path(file), read_whole(Path(file))).get("templates")
+    except CheckpointError as error:
+        logger.warning("passed over: %s", error)
+        return None
 
 
 def is_packed(config: PretrainedConfig) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import json
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import LoraConfig
 
 from idefics_qlora.config import TrainConfig
+from idefics_qlora.data.captions import columns_of
+from idefics_qlora.data.templates import captions_of, known
 from idefics_qlora.machine import COMPUTING
 from idefics_qlora.model.saved_base import is_hub_id
 
@@ -57,6 +60,8 @@ class Facts:
     """Of the base."""
     image_side: int | None = None
     """Pixels, as the model was trained."""
+    templates: dict[str, str] | None = None
+    """What it was asked in training, as ``data/templates.py`` has it, if that is known."""
 
     def with_pictures(self, there: Container[str]) -> Facts:
         """The same with those of the samples' pictures that are there, by their files' names."""
@@ -115,6 +120,7 @@ def facts_of(
             gpus=sorted({gpu["name"] for gpu in state["environment"].get("gpus", ())}),
             fingerprint=state["base"],
             image_side=state.get("image_side"),
+            templates=known(state.get("templates")),
         )
     return dataclasses.replace(facts, **more)
 
@@ -176,8 +182,12 @@ model, processor = iq.load_finetuned(snapshot_download({{ source }}))
 model, processor = iq.load_finetuned({{ source }})
 {% endif %}\
 {% endif %}\
-prompt = [iq.images.open_image("photo.jpg"), "Question: What's on the picture? Answer:"]
+{% if row %}\
+print(iq.generate(model, processor, [{{ row }}])[0])
+{% else %}\
+prompt = [iq.images.open_image("photo.jpg"), "..."]  # the text as in training
 print(iq.generate(model, processor, [prompt])[0])
+{% endif %}\
 ```
 
 Without that library:
@@ -230,6 +240,12 @@ Held-out rows, as the model saw them. They were not chosen.
 {% if facts.num_rows is not none %}\
 Data: {{ facts.num_rows }} rows of pictures and texts\
 {% if facts.num_held_out %}, and {{ facts.num_held_out }} held out{% endif %}.
+
+{% endif %}\
+{% if prompt %}\
+Each prompt was a picture and the text "{{ prompt }}"\
+{% if answer %}; what was learnt to be said is "{{ answer }}"{% endif %}\
+{% if columns %}, where names in braces stand for a row's values{% endif %}.
 
 {% endif %}\
 | setting | value |
@@ -310,6 +326,10 @@ def model_card(
         }
         for sample in facts.samples
     ]
+    templates = known(facts.templates) or {}
+    captions = captions_of(templates)
+    asked = [] if captions is None else columns_of("question", captions.question)
+    row = {"image": "photo.jpg"} | dict.fromkeys(asked, "...")
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
@@ -321,6 +341,10 @@ def model_card(
         source=f'"{source}"',
         is_on_hub=is_on_hub,
         samples=samples,
+        row=json.dumps(row, ensure_ascii=False) if templates else None,
+        prompt=_cell(templates.get("question", "")),
+        answer=_cell(templates.get("answer", "").strip()),
+        columns=any("{" in templates.get(name, "") for name in ("question", "answer")),
         settings=[(n, _cell(v)) for part in (facts.lora, facts.settings) for n, v in part.items()],
     )
     return str(card)

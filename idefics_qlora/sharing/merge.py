@@ -20,8 +20,8 @@ from torch import Tensor
 
 from idefics_qlora.checkpoint import ADAPTER_CONFIG, CARD, SHARED
 from idefics_qlora.data.batches import Collator
-from idefics_qlora.data.captions import QUESTION
 from idefics_qlora.data.example import Example
+from idefics_qlora.data.templates import question_of
 from idefics_qlora.durable import (
     check_is_free,
     json_bytes,
@@ -163,7 +163,8 @@ def merge(
         proof = None
         if verify:
             del weights
-            proof = _proof(adapter.folder, base, temporary, dtype, device)
+            question = question_of((adapter.state or {}).get("templates"))
+            proof = _proof(adapter.folder, base, temporary, dtype, device, question)
             if proof.rounding > ROUNDING[dtype]:
                 raise ValueError(
                     f"the merged model is not what the adapter on {adapter.base} is: their logits "
@@ -206,20 +207,22 @@ def _proof(
     merged: Path,
     dtype: torch.dtype,
     device: str | torch.device | None,
+    question: str,
 ) -> Proof:
     """Compare a merged model with the adapter, one model in memory at a time."""
     pictures = dict(_pictures(checkpoint.parent))
+    prompts = [[image, question] for image in pictures.values()]
     how: dict[str, Any] = {"compute_dtype": dtype, "device": device}
     whole, processor = load_finetuned(checkpoint, base=base, quantize=False, **how)
-    by_adapter = _logits(whole, processor, pictures)
+    by_adapter = _logits(whole, processor, prompts)
     with without_adapter(whole):
-        by_base = _logits(whole, processor, pictures)
+        by_base = _logits(whole, processor, prompts)
     del whole
     _free()
     model, processor = load_model(merged, quantize=False, **how)
     by_merged, merged_texts = (
-        _logits(model, processor, pictures),
-        _texts(model, processor, pictures),
+        _logits(model, processor, prompts),
+        _texts(model, processor, prompts),
     )
     del model
     _free()
@@ -229,8 +232,8 @@ def _proof(
     except ValueError as error:  # some kinds of adapters need a base that is not quantised
         why = str(error)
     else:
-        by_4_bits = _logits(quantised, processor, pictures)
-        texts = _texts(quantised, processor, pictures)
+        by_4_bits = _logits(quantised, processor, prompts)
+        texts = _texts(quantised, processor, prompts)
     return Proof(
         pictures=list(pictures),
         effect=_apart(by_adapter, by_base),
@@ -257,20 +260,19 @@ def _pictures(run: Path) -> Iterator[tuple[str, Image.Image]]:
         yield "a drawn picture", image
 
 
-def _logits(model: Model, processor: Processor, pictures: dict[str, Image.Image]) -> Tensor:
-    """(tokens, V) fp32 on the CPU, of a question about each picture and a short answer."""
+def _logits(model: Model, processor: Processor, prompts: list[list[Any]]) -> Tensor:
+    """(tokens, V) fp32 on the CPU, of each prompt and a short answer."""
     collator = Collator(processor, num_embeddings=family_of(model).num_embeddings(model))
     device, rows = next(model.parameters()).device, []
-    for image in pictures.values():
-        batch = collator([Example([image, QUESTION], " This is a picture.")]).to(device)
+    for prompt in prompts:
+        batch = collator([Example(prompt, " This is a picture.")]).to(device)
         with evaluation_mode(model):
             logits = model(**batch.inputs(), use_cache=False).logits
         rows.append(logits[0, -COMPARED:].float().cpu())  # sync
     return torch.cat(rows)
 
 
-def _texts(model: Model, processor: Processor, pictures: dict[str, Image.Image]) -> list[str]:
-    prompts = [[image, QUESTION] for image in pictures.values()]
+def _texts(model: Model, processor: Processor, prompts: list[list[Any]]) -> list[str]:
     return generate(model, processor, prompts, max_new_tokens=MAX_NEW_TOKENS)
 
 

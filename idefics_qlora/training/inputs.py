@@ -13,12 +13,14 @@ from peft import PeftModel
 from idefics_qlora.config import TrainConfig
 from idefics_qlora.data.bad_rows import BadRows
 from idefics_qlora.data.batches import Collator
+from idefics_qlora.data.captions import QUESTION, Captions, pokemon_card_example
 from idefics_qlora.data.example import ToExample
 from idefics_qlora.data.fingerprints import Fingerprint
 from idefics_qlora.data.first_rows import FirstRows, Lengths, tell_same_rows
 from idefics_qlora.data.order import EvalBatches, epoch_order
 from idefics_qlora.data.pace import Reading, chosen_workers
 from idefics_qlora.data.rows import Look, RowReader, Rows
+from idefics_qlora.data.templates import templates_of, trained_captions
 from idefics_qlora.evaluation.predictions import Metric, metric_problems
 from idefics_qlora.families import check_model_and_processor, family_of
 from idefics_qlora.families.family import Processor
@@ -49,7 +51,8 @@ class Inputs:
     held_out: EvalBatches | None
     total_steps: int
     origin: dict[str, Any]
-    """Fingerprints of ``base``, ``train_rows`` and ``eval_rows``."""
+    """Fingerprints of ``base``, ``train_rows`` and ``eval_rows``, and how they become what the
+    model gets."""
     notices: Notices
     """What has been warned of."""
     lengths: Lengths | None
@@ -100,20 +103,24 @@ def check_inputs(
     if problems := list(config.too_few_steps(total_steps)):
         raise ValueError(problems[0])
     notices = Notices()
-    fingerprint, train_seen = _first_rows(reader, config, notices)
+    trained = trained_captions(model)
+    fingerprint, train_seen = _first_rows(reader, config, notices, trained)
     origin: dict[str, Any] = {
         "base": base_fingerprint(model),
         "train_rows": fingerprint,
         "eval_rows": None,
         "draft": access.draft,
         "image_side": collator.reader.side,
+        "templates": templates_of(to_example),
     }
+    if to_example in (None, pokemon_card_example) and train_seen.ask_default:
+        origin["templates"] = {"question": QUESTION}
     held_out = eval_seen = None
     if eval_rows is not None:
         eval_reader = RowReader(eval_rows, "eval_rows", to_example, collator)
         num_asked = config.eval_generate_rows if metrics or config.eval_predictions else 0
         held_out = EvalBatches(eval_reader, config.eval_batch_size, num_asked)
-        origin["eval_rows"], eval_seen = _first_rows(eval_reader, config, notices)
+        origin["eval_rows"], eval_seen = _first_rows(eval_reader, config, notices, trained)
     tell_same_rows(train_seen, eval_seen, notices)
     _tell_decoded(train_seen, config, access, notices)
     return Inputs(
@@ -192,14 +199,14 @@ def _tell_decoded(
 
 
 def _first_rows(
-    reader: RowReader, config: TrainConfig, notices: Notices
+    reader: RowReader, config: TrainConfig, notices: Notices, trained: Captions | None
 ) -> tuple[Fingerprint, FirstRows]:
     """The rows' fingerprint and what was seen of them; raises if they are bad, before training."""
     order: Iterable[int] = ()
     if not reader.is_stream:
         in_order = reader.name == "eval_rows"
         order = range(len(reader)) if in_order else epoch_order(config.seed, 0, len(reader))
-    seen = FirstRows(reader)
+    seen = FirstRows(reader, trained)
     number = ROWS_CHECKED if reader.is_stream else min(ROWS_CHECKED, len(reader))
     with (
         asked(config.progress),

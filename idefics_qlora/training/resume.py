@@ -26,6 +26,7 @@ from idefics_qlora.checkpoint import (
     set_aside,
 )
 from idefics_qlora.config import Precision, TrainConfig, check_choice
+from idefics_qlora.data.templates import known
 from idefics_qlora.durable import CheckpointError
 from idefics_qlora.families import family_of
 from idefics_qlora.machine import COMPUTING, environment
@@ -196,6 +197,12 @@ def differences(state: TrainState, snapshot: Snapshot) -> list[str]:
         what = f"{there['number']} rows there, {here.number} here"
         same_number = there["number"] == here.number
         problems.append(f"train_rows: {'other content' if same_number else what}")
+        then, now = (known(o.get("templates")) or {} for o in (origin, state.origin))
+        problems += [  # why they differ, where both are known
+            f"the rows' {name}: {then[name]!r} there, {now[name]!r} here"
+            for name in then
+            if name in now and then[name] != now[name]
+        ]
     return problems
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from idefics_qlora.checkpoint import clear_leftovers
 from idefics_qlora.data.bad_rows import BadRows
+from idefics_qlora.data.templates import remember
 from idefics_qlora.data.windows import Window
 from idefics_qlora.data.workers import Loading
 from idefics_qlora.families import family_of
@@ -130,6 +131,7 @@ class Run:
             logger.info("resumed from %s at step %d", checkpoint, self.state.global_step)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        remember(inputs.origin["templates"], model)
         self._first_step = self.state.global_step
         memory = partial(peak_memory_bytes, device)
         shown = showing_run(config.progress, inputs.total_steps, self._first_step, memory)
