@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 
 import idefics_qlora as iq
-from idefics_qlora.data.captions import QUESTION
 
 
 def main(arguments: list[str] | None = None) -> list[str]:
@@ -22,7 +21,7 @@ def main(arguments: list[str] | None = None) -> list[str]:
         help="base: Hub id, folder, or 'tiny'; idefics-9b unless the adapter names one",
     )
     parser.add_argument("--adapter", help="a checkpoint-N folder")
-    parser.add_argument("--prompt", default=QUESTION, help=f"text behind the picture ({QUESTION})")
+    parser.add_argument("--prompt", help="text behind the picture; left out: as in training")
     parser.add_argument("--max-new-tokens", type=int, default=50)
     options = parser.parse_args(arguments)
 
@@ -32,8 +31,8 @@ def main(arguments: list[str] | None = None) -> list[str]:
         model, processor = iq.load_finetuned(options.adapter, base=base)
     else:
         model, processor = iq.load_model(base or "HuggingFaceM4/idefics-9b")
-    prompts = [[image, options.prompt] for image in images]
-    texts = iq.generate(model, processor, prompts, max_new_tokens=options.max_new_tokens)
+    asked = [[image, options.prompt] if options.prompt else {"image": image} for image in images]
+    texts = iq.generate(model, processor, asked, max_new_tokens=options.max_new_tokens)
     for source, text in zip(options.images, texts, strict=True):
         print(f"{source}: {text.strip()}")
     return texts
