@@ -1,5 +1,6 @@
 """What a person sees of a run: on a terminal, in a pipe, in a notebook."""
 
+import copy
 import fcntl
 import logging
 import os
@@ -268,6 +269,24 @@ def test_stop_ends_a_run_that_goes_on_later(base, processor, examples, tmp_path)
     result = iq.train(model, processor, examples, examples[:2], config=config, on_log=stop_at_2)
     assert (result.global_step, result.stopped_by) == (4, None)
     assert told[3:] == [(3, True), (4, True), (4, False)]
+
+
+@pytest.mark.parametrize("progress", ["lines", "none"])
+def test_a_resumed_run_says_where_it_goes_on(base, processor, examples, tmp_path, capfd, progress):
+    """Or that it is complete and what to raise; nothing where nothing is to be shown."""
+    said = []
+    for steps in (1, 2, 2):
+        config = config_of(
+            tmp_path, max_steps=steps, lr_scheduler_type="constant", progress=progress
+        )
+        iq.train(iq.add_lora(copy.deepcopy(base)), processor, examples, config=config)
+        said.append(capfd.readouterr().err.splitlines()[:1])
+    if progress == "none":
+        assert said == [[], [], []]
+        return
+    assert said[0][0].startswith("step 1/1: ")
+    assert said[1] == [f"goes on after step 1 of 2 from {tmp_path / 'checkpoint-1'}"]
+    assert said[2] == ["already complete at step 2: nothing to do; raise max_steps to go on"]
 
 
 def test_stop_at_the_last_step_is_the_end(lora, processor, examples, tmp_path):

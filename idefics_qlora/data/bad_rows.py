@@ -29,13 +29,17 @@ class BadRows:
         policy: As in ``TrainConfig``.
         ledger: File that gets a line of JSON (``row``, ``source``, ``reason``) for each bad row,
             once, also over restarts; ``None``: no file.
+        told: Names of the rows of which the log has told already; those told here are added.
     """
 
-    def __init__(self, policy: OnBadRow, ledger: Path | None = None) -> None:
+    def __init__(
+        self, policy: OnBadRow, ledger: Path | None = None, told: set[str] | None = None
+    ) -> None:
         check_choice("on_bad_row", policy, OnBadRow)
         self.policy = policy
         self.ledger = ledger
         self.reasons: dict[str, str] = {}
+        self._told = set() if told is None else told
         if ledger is None or not os.path.lexists(ledger):
             return
         try:
@@ -54,8 +58,12 @@ class BadRows:
                 record = json.loads(line)
                 self.reasons[record["row"]] = f"{record['row']}: {record['reason']}"
 
-    def note(self, bad: Iterable[BadRow]) -> None:
+    def note(self, bad: Iterable[BadRow], tell: bool = True) -> None:
         """Raise, or note the rows that are new.
+
+        Args:
+            bad: The rows.
+            tell: Whether to tell of them now, or by :meth:`tell`.
 
         Raises:
             ValueError: With the policy ``raise`` (``BadImage`` if a picture is the reason).
@@ -66,7 +74,8 @@ class BadRows:
             if row.row in self.reasons:
                 continue
             self.reasons[row.row] = str(row.error())
-            logger.warning("left out: %s", row.error())
+            if tell:
+                self.tell([row])
             if self.ledger is not None:
                 record = {"row": row.row, "source": row.source, "reason": row.reason}
                 try:
@@ -76,6 +85,13 @@ class BadRows:
                         file.write(("\n" if torn else "") + f"{json.dumps(record)}\n")
                 except OSError as error:  # a full disk is for the next checkpoint to report
                     logger.warning("%s cannot be written: %s", self.ledger, error)
+
+    def tell(self, bad: Iterable[BadRow]) -> None:
+        """Log that rows are left out, each once."""
+        for row in bad:
+            if row.row not in self._told:
+                self._told.add(row.row)
+                logger.warning("left out: %s", row.error())
 
     def check_share(self, num_bad: int, num_seen: int, few: int = 0) -> None:
         """Stop when too many rows are bad to be an accident.

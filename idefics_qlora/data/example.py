@@ -107,6 +107,11 @@ class Example:
             raise TypeError(f"references={references!r:.80}: expected a list of right answers")
         object.__setattr__(self, "references", tuple(references))
 
+    @property
+    def right(self) -> tuple[str, ...]:
+        """All right answers, without white space at the ends."""
+        return tuple(text.strip() for text in self.references or (self.completion,))
+
 
 ToExample: TypeAlias = Callable[[Any], Example]
 

@@ -103,7 +103,9 @@ def _classes(folder: Path, access: ImageAccess) -> list[dict[str, Any]]:
             f"{folder} has neither {' nor '.join(METADATA)}, nor folders of pictures alone, named "
             'after classes: write the former with a line per picture, such as {"file_name": '
             '"a.png", "text": "..."}; of files with rows, pass the file itself; other folders are '
-            'read by datasets.load_dataset("imagefolder", data_dir=...)'
+            'read by datasets.load_dataset("imagefolder", data_dir=...); pictures alone, '
+            'to be captioned, are rows as they are: [{"image": path} for path in '
+            'Path(folder).glob("*.jpg")]'
         )
     return rows
 

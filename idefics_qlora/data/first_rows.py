@@ -87,6 +87,8 @@ class _Seen:
     """Equal for rows of which the model gets the same."""
     pictures: frozenset[bytes]
     length: int
+    right: tuple[str, ...]
+    """All right answers."""
 
 
 class FirstRows:
@@ -158,7 +160,7 @@ class FirstRows:
         name = f"{self.reader.name}[{index}]"
         squares = [digest(square) for square in pixels]
         key = digest([tokens.ids, squares])
-        self.seen[index] = _Seen(name, key, frozenset(squares), len(tokens.ids))
+        self.seen[index] = _Seen(name, key, frozenset(squares), len(tokens.ids), example.right)
         findings = [
             *text_findings(example.prompt, collator.forged),
             *completion_findings(example, collator.forged),

@@ -197,8 +197,7 @@ class RowReader:
         if len(pixels) < len(prompt_images(example.prompt)):  # `max_length` cut a dialogue
             pixels = self.collator.pixels(example.prompt)
         tokens = self.collator.placed(tokens, pixels)
-        right = example.references or (example.completion,)
-        return Question(number, tokens, pixels, tuple(text.strip() for text in right))
+        return Question(number, tokens, pixels, example.right)
 
     def first_rows(
         self, order: Iterable[int], number: int, looking: Callable[[int, Any], Look] | None = None

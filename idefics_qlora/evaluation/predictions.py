@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -65,6 +66,28 @@ def metric_problems(metrics: Any) -> Iterator[str]:
             )
         elif missing := missing_package(metric):
             yield f"metrics[{name!r}]: {missing}"
+
+
+def reference_problems(
+    metrics: Mapping[str, Metric], right: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    """Which metrics of ours cannot score rows, told before a model has said anything.
+
+    Args:
+        metrics: Functions by name; those of the user's own are not called.
+        right: For each row that will be scored, by its name, the right answers.
+    """
+    names = list(right)
+    if not names:
+        return
+    for name, metric in metrics.items():
+        if greater_is_better(metric) is None:
+            continue
+        try:
+            metric([several[0] for several in right.values()], [[*s] for s in right.values()])
+        except Exception as error:
+            told = re.sub(r"references\[(\d+)\]", lambda found: names[int(found[1])], str(error))
+            yield f"metrics[{name!r}] cannot score {names[0].partition('[')[0]}: {told}"
 
 
 def greater_is_better(metric: Any) -> bool | None:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from idefics_qlora.data.bad_rows import BadRow
 from idefics_qlora.data.batches import Collator, Tokens
-from idefics_qlora.data.captions import Captions
+from idefics_qlora.data.captions import Captions, has_picture
 from idefics_qlora.data.checks import Finding, text_findings
 from idefics_qlora.data.example import Example, ToExample
 from idefics_qlora.data.pace import FEWEST
@@ -42,6 +42,10 @@ class Prompts(NamedTuple):
     """Why there is no row after these, where that is not the end."""
 
 
+def _is_row(value: Any) -> bool:
+    return isinstance(value, Mapping) and has_picture(value, None)
+
+
 def loading_prompts(
     rows: Rows | Iterable[Any],
     to_example: ToExample | None,
@@ -61,6 +65,12 @@ def loading_prompts(
         together: Rows that are read at once.
         trained: With what the model was trained.
     """
+    if isinstance(rows, (str, bytes, os.PathLike, Image)) or _is_row(rows):
+        raise TypeError(
+            f"{rows!r:.80} is no rows: expected a list of rows or prompts; pictures alone are rows "
+            'such as [{"image": path}, ...]; rows that a folder or a file holds are read by '
+            "load_rows(path)"
+        )
     are_prompts = isinstance(rows, (list, tuple)) and to_example is None
     if are_prompts and isinstance(rows[0], (Mapping, Example)):  # type: ignore[index]
         are_prompts = False
@@ -68,7 +78,8 @@ def loading_prompts(
     if isinstance(rows, (list, tuple)) and are_prompts and all(isinstance(r, items) for r in rows):
         raise ValueError(
             f"prompts={rows!r:.80}: expected a list of prompts, each a list of images and texts; "
-            'one alone is passed as [[image, "Question: ... Answer:"]]'
+            'one alone is passed as [[image, "Question: ... Answer:"]]; pictures alone are rows '
+            'such as [{"image": path}, ...]'
         )
     name = "prompts" if are_prompts else "rows"
     reader = RowReader(rows, name, to_example, collator, once=True, trained=trained)

@@ -21,7 +21,7 @@ from idefics_qlora.data.order import EvalBatches, epoch_order
 from idefics_qlora.data.pace import Reading, chosen_workers
 from idefics_qlora.data.rows import Look, RowReader, Rows
 from idefics_qlora.data.templates import templates_of, trained_captions
-from idefics_qlora.evaluation.predictions import Metric, metric_problems
+from idefics_qlora.evaluation.predictions import Metric, metric_problems, reference_problems
 from idefics_qlora.families import check_model_and_processor, family_of
 from idefics_qlora.families.family import Processor
 from idefics_qlora.images.access import ImageAccess
@@ -55,6 +55,8 @@ class Inputs:
     model gets."""
     notices: Notices
     """What has been warned of."""
+    told_bad: set[str]
+    """Names of the bad rows of which the log has told."""
     lengths: Lengths | None
     """What lengths of training rows are usual."""
     reading: Reading | None
@@ -104,7 +106,9 @@ def check_inputs(
         raise ValueError(problems[0])
     notices = Notices()
     trained = trained_captions(model)
-    fingerprint, train_seen = _first_rows(reader, config, notices, trained)
+    told_bad: set[str] = set()
+    around = config, notices, trained, told_bad
+    fingerprint, train_seen = _first_rows(reader, *around)
     origin: dict[str, Any] = {
         "base": base_fingerprint(model),
         "train_rows": fingerprint,
@@ -120,7 +124,10 @@ def check_inputs(
         eval_reader = RowReader(eval_rows, "eval_rows", to_example, collator)
         num_asked = config.eval_generate_rows if metrics or config.eval_predictions else 0
         held_out = EvalBatches(eval_reader, config.eval_batch_size, num_asked)
-        origin["eval_rows"], eval_seen = _first_rows(eval_reader, config, notices, trained)
+        origin["eval_rows"], eval_seen = _first_rows(eval_reader, *around)
+        right = {row.name: row.right for row in list(eval_seen.seen.values())[:num_asked]}
+        if problems := list(reference_problems(metrics, right)):
+            raise ValueError("\n".join(problems))
     tell_same_rows(train_seen, eval_seen, notices)
     _tell_decoded(train_seen, config, access, notices)
     return Inputs(
@@ -132,6 +139,7 @@ def check_inputs(
         total_steps=total_steps,
         origin=origin,
         notices=notices,
+        told_bad=told_bad,
         lengths=train_seen.lengths,
         reading=train_seen.reading(),
         metrics=metrics,
@@ -199,7 +207,11 @@ def _tell_decoded(
 
 
 def _first_rows(
-    reader: RowReader, config: TrainConfig, notices: Notices, trained: Captions | None
+    reader: RowReader,
+    config: TrainConfig,
+    notices: Notices,
+    trained: Captions | None,
+    told_bad: set[str],
 ) -> tuple[Fingerprint, FirstRows]:
     """The rows' fingerprint and what was seen of them; raises if they are bad, before training."""
     order: Iterable[int] = ()
@@ -219,13 +231,14 @@ def _first_rows(
             return seen.looking(index, row)
 
         fingerprint, bad = reader.first_rows(map(int, order), ROWS_CHECKED, looking)
-    rows = BadRows(config.on_bad_row)
-    rows.note(bad)
+    rows = BadRows(config.on_bad_row, told=told_bad)
+    rows.note(bad, tell=False)  # what ends the run tells of them itself
     number = len(fingerprint.given)
     # A few held-out rows must not stop a run, unless there are no others.
     few_held_out = reader.name == "eval_rows" and len(bad) < number
     rows.check_share(len(bad), number, ROWS_CHECKED if few_held_out else 0)
     is_eval = reader.name == "eval_rows"
+    rows.tell(bad)
     seen.tell(notices, config.eval_batch_size if is_eval else config.micro_batch_size)
     return fingerprint, seen
 

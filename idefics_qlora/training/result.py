@@ -69,6 +69,18 @@ class TrainResult:
         ]
 
 
+def resumed_words(state: TrainState, checkpoint: Path) -> str:
+    """A line that says where a run goes on, or why it does not."""
+    step = state.global_step
+    if not state.is_over or state.finished_step < step:
+        return f"goes on after step {step} of {state.total_steps} from {checkpoint}"
+    raised = "num_train_epochs" if state.config.max_steps is None else "max_steps"
+    how = f"already complete at step {step}"
+    if state.stopped_early:
+        how, raised = f"already ended by early stopping at step {step}", "early_stopping_patience"
+    return f"{how}: nothing to do; raise {raised} to go on"
+
+
 class Clock:
     """Time of this process's part of a run."""
 

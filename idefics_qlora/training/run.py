@@ -54,6 +54,7 @@ from idefics_qlora.training.result import (
     TrainResult,
     eval_metrics,
     peak_memory_bytes,
+    resumed_words,
     run_metrics,
 )
 from idefics_qlora.training.resume import resume, take_over
@@ -136,6 +137,8 @@ class Run:
         memory = partial(peak_memory_bytes, device)
         shown = showing_run(config.progress, inputs.total_steps, self._first_step, memory)
         self.progress = cleanup.enter_context(shown)
+        if checkpoint is not None:
+            self.progress.tell(resumed_words(self.state, checkpoint))
         self._clock = Clock(self.state)
         self.saving = Saving(self.state, folder, self._clock, stop, background)
         self._files = RunFiles(folder, self.state, inputs)
@@ -144,7 +147,7 @@ class Run:
         told = (self.progress, self._files, trackers), on_log
         self.history = History(self.state, self._clock, self.saving, *told, self.epoch)
         self.overflow = OverflowReports(self.state, folder, self.saving)
-        bad_rows = BadRows(config.on_bad_row, folder / "bad_rows.jsonl")
+        bad_rows = BadRows(config.on_bad_row, folder / "bad_rows.jsonl", inputs.told_bad)
         num_workers = workers_of(inputs, device)
         loading = partial(
             Loading,

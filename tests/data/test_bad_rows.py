@@ -5,7 +5,7 @@ import json
 
 import datasets
 import pytest
-from helpers import config_of
+from helpers import config_of, warnings_of
 
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
@@ -36,6 +36,20 @@ def test_a_bad_row_is_left_out_and_noted(base, processor, rows, tmp_path, num_wo
     counts = [record.get("bad_rows", 0) for record in result.log_history if "loss" in record]
     assert counts[0] <= 1
     assert counts[-1] == 2
+
+
+def test_a_bad_row_is_told_once(lora, processor, rows, tmp_path, caplog):
+    """Not when the first rows are looked at and again in a window or an evaluation; where too many
+    are bad, the error that says which is all."""
+    config = config_of(tmp_path / "run", max_steps=5, eval_steps=5)
+    iq.train(lora, processor, rows, rows[4:8], config=config)
+    told = [line.split(": ")[1] for line in warnings_of(caplog) if line.startswith("left out")]
+    assert sorted(line.rpartition(" ")[2] for line in told) == ["eval_rows[1]", "train_rows[5]"]
+    caplog.clear()
+    config = config_of(tmp_path / "other", max_steps=5)
+    with pytest.raises(ValueError, match=r"2 of 8 rows seen cannot be read[^$]*train_rows\[1\]"):
+        iq.train(lora, processor, [rows[0], rows[5]] * 2 + rows[6:10], config=config)
+    assert not warnings_of(caplog)
 
 
 def test_nothing_takes_a_bad_rows_place(processor, rows):

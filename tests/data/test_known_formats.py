@@ -252,7 +252,8 @@ def test_folders_that_are_no_classes(classes, picture, tmp_path):
         iq.load_rows(tmp_path)
     picture.save(classes / "a.png")
     with pytest.raises(
-        FileNotFoundError, match="neither metadata.jsonl .* nor folders of pictures"
+        FileNotFoundError,
+        match=r'neither metadata.jsonl .* folders of pictures.* \[\{"image": path\} for path in',
     ):
         iq.load_rows(classes)
     (tmp_path / "linked").mkdir()

@@ -130,6 +130,16 @@ def test_bad_prompts_are_named(base, processor, prompts, message):
         iq.generate(base, processor, prompts)
 
 
+@pytest.mark.parametrize(
+    "rows", ["a.png", Path("a.png"), Image.new("RGB", (9, 9)), {"image": "a.png"}, b"png"]
+)
+def test_a_single_picture_is_no_rows(base, processor, rows):
+    """The way to pass pictures alone is named; so it is for a list of paths."""
+    for given in (rows, [rows]) if isinstance(rows, (str, Path, bytes)) else (rows,):
+        with pytest.raises((TypeError, ValueError), match=r'rows such as \[\{"image": path\}, '):
+            iq.generate(base, processor, given)
+
+
 @pytest.mark.parametrize("rows", ["photos", Path("photos")])
 def test_a_path_is_no_rows(base, processor, rows):
     """Its letters are not taken for rows; what reads a folder is named."""

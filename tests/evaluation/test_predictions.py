@@ -150,6 +150,34 @@ def test_a_metric_that_raises_is_named(base, processor, examples, tmp_path):
     assert len(file.read_text().splitlines()) == 2
 
 
+def test_answers_that_a_metric_cannot_score_are_told_before_training(lora, processor, tmp_path):
+    """The row is named, nothing is trained or generated; a function of the user's own is not
+    called with what no model has said."""
+    rows = iq.tiny.creature_cards(4, seed=0)
+    asked = [{"image": r["image"], "question": "Who?", "answers": [r["name"]] * 4} for r in rows]
+    calls = []
+
+    def mine(predictions, references):
+        calls.append(predictions)
+        return 1.0
+
+    metrics = {"vqa": functools.partial(iq.metrics.vqa_accuracy), "mine": mine}
+    config = config_of(
+        tmp_path / "run", max_steps=1, eval_steps=1, save_steps=1, eval_max_new_tokens=1
+    )
+    few = [asked[0], {**asked[1], "answers": ["a", "b"]}, asked[2]]
+    told = r"metrics\['vqa'\] cannot score eval_rows: eval_rows\[1\] has 2 answers: expected"
+    with pytest.raises(ValueError, match=told):
+        iq.train(lora, processor, asked, few, config=config, metrics=metrics)
+    assert not calls
+    assert not (tmp_path / "run").exists()
+    cider = {"cider": iq.metrics.cider_d}
+    with pytest.raises(ValueError, match=r"'cider'\] cannot score .*: cider_d got 1 example"):
+        iq.train(lora, processor, asked, asked[:1], config=config, metrics=cider)
+    result = iq.train(lora, processor, asked, asked[:2], config=config, metrics=metrics)
+    assert {"eval_vqa", "eval_mine"} <= result.metrics.keys()
+
+
 def test_two_metrics_of_one_name(base, processor, examples):
     """What one records does not hide what another has."""
     metrics = {"a_b": lambda p, r: 1.0, "a": lambda p, r: {"b": 2.0}}
