@@ -6,7 +6,8 @@
     python examples/finetune_pokemon_cards.py --model FOLDER --dataset FOLDER         # offline
 
 Every number of the tutorial is a flag with the tutorial's value as its default. Start it again
-after an interruption and it goes on from the newest checkpoint.
+after an interruption and it goes on from the newest checkpoint. ``finetune_pokemon_cards.ipynb``
+is the same as a notebook, chapter by chapter.
 """
 
 from __future__ import annotations
