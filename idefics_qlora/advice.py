@@ -35,6 +35,11 @@ _CALLS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
         r"\bto_example=idefics_qlora\.Captions\(([^()]*)\)(?: or a function of your own)?",
         lambda found: re.sub(r"(\w+)=(\"[^\"]*\"),?", r"--data.\1 \2", found[1]),
     ),
+    (r"\bpass metrics=\{'(\w+)': [^{}]*\}", r"pass --metrics \1"),
+    (
+        r"for a score of your own pass metrics=\{name: function\}",
+        "scores are asked for by --metrics, such as --metrics cider for eval_cider",
+    ),
     (r"\bthe to_example function\b", "data.answer, the template of what is learnt"),
     (r"\bpass eval_rows\b", "pass --data.eval"),
     (r"\b(train|eval)_rows\b", r"data.\1"),
@@ -72,7 +77,7 @@ def in_options(text: str, options: Iterable[str]) -> str:
                 value = shlex.quote(ast.literal_eval(value))
         return f"{before}{verb or ''}--{names[0]} {_PLAIN.get(value, value)}"
 
-    return _ARGUMENT.sub(option, text)
+    return re.sub(r"^(\w+): (?=\1\.)", "", _ARGUMENT.sub(option, text))
 
 
 @contextmanager

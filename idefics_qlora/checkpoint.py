@@ -40,6 +40,7 @@ from idefics_qlora.durable import (
     write_synced,
     write_whole,
 )
+from idefics_qlora.nearby import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +259,9 @@ def is_of_run(folder: Path, run: str | None) -> bool:
         return False
 
 
+_AN_ADAPTER = "a run's output_dir, a checkpoint-N folder of it, or a folder with an adapter of peft"
+
+
 def load_adapter_files(
     folder: Path,
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:
@@ -274,12 +278,13 @@ def load_adapter_files(
         FileNotFoundError: If one of the two files is missing.
         CheckpointError: If a file is truncated or altered, or cannot be parsed.
     """
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"there is no folder {str(folder)!r}{did_you_mean(folder)}: expected {_AN_ADAPTER}"
+        )
     for name in (ADAPTER, ADAPTER_CONFIG):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} is missing: expected a run's output_dir, a checkpoint-N folder "
-                "of it, or a folder with an adapter of peft"
-            )
+            raise FileNotFoundError(f"{folder / name} is missing: expected {_AN_ADAPTER}")
     if (folder / MANIFEST).is_file():
         snapshot = load_checkpoint(folder)
         return snapshot.adapter, snapshot.adapter_config, snapshot.state

@@ -112,6 +112,12 @@ def _train(arguments: list[str]) -> int:
     told.check_run(config, train_rows, metrics)
     told.check_rows(to_example, train=train_rows, eval=eval_rows)
     told.raise_problems()
+    if eval_rows is None and config.progress != "none":
+        print(
+            "no data.eval: nothing is held out, so there is no held-out loss, no best checkpoint "
+            "and no sample in the report; the last checkpoint is what the run gives",
+            file=sys.stderr,
+        )
 
     from idefics_qlora.model.adapters import add_lora
     from idefics_qlora.settings import wrong
@@ -158,6 +164,7 @@ def _evaluate(arguments: list[str]) -> int:
     told = _told("evaluate", arguments)
     to_example, rows, metrics = told.to_example(), told.rows("eval"), told.metrics()
     told.check_source()
+    told.check_rows(to_example, eval=rows)
     told.check_whole("max_new_tokens")
     for name in ("output", "predictions_file"):
         told.check_output(name, overwrite=True)
@@ -213,7 +220,7 @@ def _preview(arguments: list[str]) -> int:
         page = Path(told.values["output"])
         head = '<!doctype html><meta charset="utf-8"><title>Preview</title>'
         page.write_text(head + preview._repr_html_(), encoding="utf-8")
-    print(f"with the pictures: {page}")
+    print(f"the same with the pictures is in {page.absolute()}")
     return DONE
 
 
@@ -313,6 +320,7 @@ def _sources(named: Sequence[str]) -> Iterator[str]:
     from PIL import Image
 
     from idefics_qlora.images.access import is_url
+    from idefics_qlora.nearby import did_you_mean
 
     endings = Image.registered_extensions()
     for name in named:
@@ -323,6 +331,8 @@ def _sources(named: Sequence[str]) -> Iterator[str]:
             yield from (str(path) for path in files if path.suffix.lower() in endings)
         else:
             found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
+            if not found and (meant := did_you_mean(name)):
+                print(f"{name}: there is no such file or folder{meant}", file=sys.stderr)
             yield from found or [name]  # what is not there is told when it is opened
 
 
@@ -405,7 +415,9 @@ def _fields(command: str) -> dict[str, Field]:
         },
         "preview": {
             "rows": Field(list[int] | None, None, "Row numbers, such as [0,7]; left out: two"),
-            "output": Field(str, "preview.html", "The page with the pictures"),
+            "output": Field(
+                str, "preview.html", "The page with the pictures, in the working directory"
+            ),
         },
         "generate": {
             "adapter": adapter,

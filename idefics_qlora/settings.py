@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from jsonargparse import ArgumentParser
 from peft import LoraConfig
 from transformers import AutoProcessor
 
-from idefics_qlora.checkpoint import templates_in
+from idefics_qlora.checkpoint import ADAPTER_CONFIG, checkpoints, templates_in
 from idefics_qlora.config import TrainConfig, check_whole
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.captions import QUESTION, Captions, columns_of
@@ -26,6 +27,7 @@ from idefics_qlora.families import family_of_config
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.loading import load_config, load_finetuned, load_model
 from idefics_qlora.model.precision import DTYPES
+from idefics_qlora.nearby import did_you_mean
 from idefics_qlora.tiny import BASE, creature_cards
 from idefics_qlora.told import Field, SettingsError, located, read
 from idefics_qlora.training.inputs import evaluation_problems
@@ -234,7 +236,8 @@ class Told:
         elif adapter is None:
             self.check_base()
         elif not Path(adapter).expanduser().is_dir():
-            self._note("adapter", "is no folder: expected a run's, or a checkpoint-N of it")
+            expected = "expected a run's, or a checkpoint-N of it"
+            self._note("adapter", f"is no folder{did_you_mean(adapter)}: {expected}")
 
     def check_whole(self, *names: str) -> None:
         """See that numbers are at least 1, where they are numbers."""
@@ -277,11 +280,24 @@ class Told:
         base, revision, edge = (
             self.values[f"model.{name}"] for name in ("base", "revision", "longest_edge")
         )
+        if base is None:
+            base, revision = self._base_of_adapter()
         name, config = load_config(base_of(base), revision)
         processor = AutoProcessor.from_pretrained(name, revision=revision)
         if edge is not None:
             family_of_config(config, name).set_longest_edge(processor, edge)
         return processor
+
+    def _base_of_adapter(self) -> tuple[str, str | None]:
+        """The base that the adapter, or one of the run in whose folder it is, was trained on."""
+        if (adapter := self.values.get("adapter")) is None:
+            raise ValueError("neither a base nor an adapter: told already")
+        folder = Path(adapter).expanduser()
+        for each in (folder, *reversed(checkpoints(folder))):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                config = json.loads((each / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+                return str(config["base_model_name_or_path"]), config.get("revision")
+        raise ValueError(f"{folder} names no base")
 
     def _dtype(self) -> torch.dtype | None:
         """``None``: as the base's family has it."""

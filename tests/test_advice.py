@@ -63,8 +63,13 @@ TRAIN += ("train.num_workers", "train.precision", "output", "question", "data.qu
             "eval_rows[3]: image='a.png' question='' ?revision=3",
             "data.eval[3]: image='a.png' question='' ?revision=3",
         ),
+        (
+            "nothing: for 'eval_cider' pass metrics={'cider': iq.metrics.cider_d}; there are",
+            "nothing: for 'eval_cider' pass --metrics cider; there are",
+        ),
         ("command line: metrics='x': expected", None),
         ("train.eval_steps=3: expected", None),
+        ("train: eval_steps=3: expected", "train.eval_steps=3: expected"),
         ("say it with question='Why?'", None),
     ],
 )

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -390,6 +391,39 @@ def test_metrics_by_name_and_the_predictions(here, capsys):
     assert [line["row"] for line in said] == [*range(32)]
     pairs = [line["prediction"] for line in said], [line["references"] for line in said]
     assert record["eval_chrf"] == iq.metrics.chrf(*pairs)
+
+
+def test_rows_are_looked_at_before_a_base_is_loaded(here, capsys):
+    """`evaluate` tells of rows that cannot be read at once, of a base as of an adapter, whose base
+    has no weights here that could be loaded."""
+    (here / "rows.csv").write_text("picture;text\na.png;A fox.\n")
+    copied = here / "base"
+    shutil.copytree(iq.tiny.BASE, copied, ignore=shutil.ignore_patterns("*.safetensors"))
+    Path("made/checkpoint-1").mkdir(parents=True)
+    adapter = json.dumps({"base_model_name_or_path": str(copied)})
+    Path("made/checkpoint-1/adapter_config.json").write_text(adapter)
+    for source in (["--model.base", str(copied)], ["--adapter", "made"]):
+        (problem,) = problems_of(capsys, "evaluate", "--data.eval", "rows.csv", *source)
+        assert problem.startswith(
+            "data.eval[0]: a row with columns ['picture', 'text'] is no known"
+        )
+        assert problem.endswith(
+            'otherwise pass --data.image "picture_column" --data.answer " {your_column}"'
+        )
+
+
+def test_without_held_out_rows_it_says_what_is_lost(here, capsys):
+    """As a problem while a best checkpoint is asked for; else in one line."""
+    Path("run.yaml").write_text(RUN.replace(", eval: tiny", ""))
+    (problem,) = problems_of(capsys, "train", "--config", "run.yaml")
+    assert problem.startswith("train.load_best_model_at_end=True needs data.eval")
+    assert "pass --data.eval, or set --train.load_best_model_at_end false (then no" in problem
+    last = ["--train.load_best_model_at_end", "false", "--train.max_steps", "1"]
+    assert cli.main(["train", "--config", "run.yaml", *last]) == 0
+    told = capsys.readouterr().err
+    assert (
+        told.count("no data.eval: nothing is held out, so there is no held-out loss, no best") == 1
+    )
 
 
 def test_metrics_that_cannot_be(here, capsys, monkeypatch):

@@ -17,7 +17,17 @@ HERE = Path(__file__).resolve().parent.parent
 PICTURE = HERE / "docs" / "rooms.svg"
 
 FLOORS = (
-    ("config", "machine", "environment", "notices", "process", "durable", "checkpoint", "progress"),
+    (
+        "config",
+        "machine",
+        "environment",
+        "notices",
+        "process",
+        "durable",
+        "nearby",
+        "checkpoint",
+        "progress",
+    ),
     ("images",),
     ("families",),
     ("data",),

@@ -15,6 +15,7 @@ from idefics_qlora.data.captions import IMAGE_COLUMNS
 from idefics_qlora.data.example import PICTURE_ENDING
 from idefics_qlora.images.access import DEFAULT_ACCESS, BadImage, ImageAccess, checked_path, is_url
 from idefics_qlora.images.opening import PICTURE_KEYS
+from idefics_qlora.nearby import did_you_mean
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 """What a folder's metadata is called, as in the ``imagefolder`` of ``datasets``."""
@@ -61,7 +62,7 @@ def load_rows(
         raise ValueError(f"{path} has both {' and '.join(METADATA)}: pass the one that is meant")
     file = metadata[0] if metadata else path
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file or folder")
+        raise FileNotFoundError(f"{path}: there is no such file or folder{did_you_mean(path)}")
     if file.suffix not in READERS:
         raise ValueError(
             f"{path}: expected a folder, or a file that ends in {' or '.join(READERS)}"

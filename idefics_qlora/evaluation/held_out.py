@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from idefics_qlora.config import LossOn, OnBadRow, check_whole
-from idefics_qlora.data.bad_rows import BadRows
+from idefics_qlora.data.bad_rows import MAX_BAD_SHARE, BadRows
 from idefics_qlora.data.batches import IGNORE, Collator
 from idefics_qlora.data.captions import Captions
 from idefics_qlora.data.example import ToExample
@@ -84,7 +84,8 @@ def evaluate(
     Raises:
         TypeError: If model and processor are swapped, or a metric gives no number.
         ValueError: If there are no rows, or a row is bad and ``on_bad_row`` says so, or more than
-            5 % are. If a metric cannot be one, or gives a number that is not finite.
+            5 % are, as soon as that is certain. If a metric cannot be one, or gives a number that
+            is not finite.
         torch.OutOfMemoryError: If the GPU's memory does not suffice; the message says what to
             lower.
     """
@@ -113,7 +114,8 @@ def evaluate(
         advising("the evaluation", **sizes),
     ):
         answers = Answers(model, collator, max_new_tokens, file)
-        record = mean_loss(model, loading, device, BadRows(on_bad_row), answers)
+        bad_rows, number = BadRows(on_bad_row), len(reader)
+        record = mean_loss(model, loading, device, bad_rows, answers, num_rows=number)
     return record | (answers.scores(metrics or {}) if asks else {})
 
 
@@ -124,6 +126,7 @@ def mean_loss(
     bad_rows: BadRows,
     answers: Answers,
     row_losses: dict[int, float] | None = None,
+    num_rows: int | None = None,
 ) -> dict[str, Any]:
     """Loss per target token over all windows together; otherwise as :func:`evaluate`.
 
@@ -134,6 +137,7 @@ def mean_loss(
         bad_rows: Takes down the rows that cannot be used.
         answers: Asked the questions of each window; its time is not counted.
         row_losses: Receives the loss per target token of each row, by its number.
+        num_rows: Rows in all, to end as soon as it is certain that too many of them are bad.
     """
     started = time.perf_counter()
     num_batches = num_examples = num_targets = num_bad = 0
@@ -148,6 +152,8 @@ def mean_loss(
             counted.advance()
             num_bad += len(window.bad)
             bad_rows.note(window.bad)
+            if num_rows and num_bad > MAX_BAD_SHARE * max(num_rows, FEW_ROWS):
+                bad_rows.check_share(num_bad, num_bad + num_examples)  # whatever follows
             if window.batch is None:
                 continue
             num_batches += 1

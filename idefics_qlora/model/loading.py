@@ -72,6 +72,7 @@ from idefics_qlora.model.saved_base import (
     shared_templates,
     verify_base,
 )
+from idefics_qlora.nearby import did_you_mean
 from idefics_qlora.progress import waiting_for, way_of
 
 logger = logging.getLogger(__name__)
@@ -402,7 +403,7 @@ def _checked_source(base: str | os.PathLike[str]) -> str:
         if isinstance(base, str) and is_hub_id:
             return name
         raise FileNotFoundError(
-            f"there is no folder {name!r}: expected a base's folder or a Hub id"
+            f"there is no folder {name!r}{did_you_mean(name)}: expected a base's folder or a Hub id"
         )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(

@@ -14,6 +14,7 @@ import yaml
 
 from idefics_qlora.config import TrainConfig
 from idefics_qlora.model.adapters import RECIPE
+from idefics_qlora.nearby import did_you_mean
 
 LOG, SAMPLES, RESULT = "log.jsonl", "samples.jsonl", "result.json"
 CONFIG, ENVIRONMENT, BAD_ROWS = "config.yaml", "environment.json", "bad_rows.jsonl"
@@ -72,7 +73,9 @@ def read_run(path: Path) -> RunFolder:
         ValueError: If it is none.
     """
     if not (path / LOG).is_file():
-        why = "it has no log.jsonl" if path.is_dir() else "there is no such folder"
+        why = "it has no log.jsonl"
+        if not path.is_dir():
+            why = f"there is no such folder{did_you_mean(path)}"
         raise ValueError(
             f"{path}: {why}: expected the output_dir of a run (one of 0.1 gets its log when it "
             "goes on)"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from idefics_qlora.config import TrainConfig
+from idefics_qlora.evaluation.metrics import BY_NAME
 from idefics_qlora.evaluation.predictions import (
     RECORDED,
     RECORDED_OF_IMAGE_USE,
@@ -93,12 +94,21 @@ def criterion_problems(config: TrainConfig, metrics: Mapping[str, Metric]) -> It
     if key not in known and not any(key.startswith(f"eval_{name}_") for name in metrics):
         meant = f"eval_{key}" if f"eval_{key}" in known else None
         meant = meant or next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.75)), None)
-        hint = f": did you mean {meant!r}?" if meant else ""
+        name = key.removeprefix("eval_")
+        ours = next(iter(difflib.get_close_matches(name, BY_NAME, n=1, cutoff=0.75)), None)
+        there = f"; there are {', '.join(known)}"
         if key in RECORDED_OF_IMAGE_USE:
-            hint = ": it needs eval_image_use=True"
+            hint = "it needs eval_image_use=True"
+        elif meant:
+            hint = f"did you mean {meant!r}?"
+        elif ours and ours not in metrics:
+            function = BY_NAME[ours].__name__
+            hint = f"for 'eval_{ours}' pass metrics={{{ours!r}: iq.metrics.{function}}}{there}"
+        else:
+            hint = f"for a score of your own pass metrics={{name: function}}{there}"
         yield (
-            f"metric_for_best_model={key!r} is nothing that an evaluation of this run records"
-            f"{hint or ': expected one of ' + ', '.join(known)}"
+            f"metric_for_best_model={key!r} is nothing that an evaluation of this run records: "
+            f"{hint}"
         )
         return
     direction = _known_direction(config, metrics)

@@ -179,7 +179,8 @@ def evaluation_problems(
         yield (
             f"load_best_model_at_end=True needs eval_rows to find the best checkpoint (every "
             f"eval_steps={config.eval_steps} steps), but there are none: pass eval_rows, or set "
-            "load_best_model_at_end=False"
+            "load_best_model_at_end=False (then no loss is held out, and the last checkpoint is "
+            "what the run gives)"
         )
     wanted = {
         f"metrics ({', '.join(metrics)})": metrics,

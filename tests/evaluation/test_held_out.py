@@ -43,3 +43,21 @@ def test_evaluate_averages_over_tokens(base, processor, examples):
     assert iq.evaluate(base, processor, examples[:1])["eval_loss"] == pytest.approx(
         expected.item(), rel=1e-3
     )
+
+
+def test_evaluating_ends_when_the_rows_are_certainly_bad(base, processor, examples):
+    """Not after hours: 4 of 70 are more than 5 %, whatever follows, and nothing after them is
+    read; a share that later rows may still mend does not end it."""
+    read = []
+
+    class Rows(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    rows = Rows([{"image": None, "text": "x"}] * 4 + examples[:1] * 66)
+    with pytest.raises(ValueError, match=r"4 of 4 rows seen cannot be read, more than 5%"):
+        iq.evaluate(base, processor, rows, batch_size=4)
+    assert max(read) < 8
+    few = Rows([{"image": None, "text": "x"}] * 3 + examples[:1] * 2)
+    assert iq.evaluate(base, processor, few)["eval_bad_rows"] == 3

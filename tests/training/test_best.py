@@ -200,7 +200,15 @@ def test_the_direction_of_our_metrics_is_known(base, processor, examples, tmp_pa
     [
         ({"metric_for_best_model": "right"}, "did you mean 'eval_right'"),
         ({"metric_for_best_model": "eval_rigth"}, "did you mean 'eval_right'"),
-        ({"metric_for_best_model": "eval_wombat"}, "expected one of eval_loss, .*eval_right"),
+        (
+            {"metric_for_best_model": "eval_wombat"},
+            "pass metrics={name: function}; there are eval_loss, .*eval_right",
+        ),
+        (
+            {"metric_for_best_model": "cider"},
+            "for 'eval_cider' pass metrics={'cider': iq.metrics.cider_d}; there are eval_loss",
+        ),
+        ({"metric_for_best_model": "eval_exact_mach"}, "for 'eval_exact_match' pass metrics="),
         ({"metric_for_best_model": "eval_image_gain"}, "it needs eval_image_use=True"),
         ({"metric_for_best_model": "eval_samples"}, "nothing that an evaluation"),
         ({"greater_is_better": None}, "greater_is_better=None: .*: expected True or False"),
