@@ -336,7 +336,7 @@ def _sources(named: Sequence[str]) -> Iterator[str]:
             yield from found or [name]  # what is not there is told when it is opened
 
 
-# --- merge, push ----------------------------------------------------------------------------------
+# --- merge, push, demo ----------------------------------------------------------------------------
 
 
 def _merge(arguments: list[str]) -> int:
@@ -371,6 +371,18 @@ def _push(arguments: list[str]) -> int:
         if not dry_run:
             upload.send()
             print(f"uploaded: {upload.url}")
+    return DONE
+
+
+def _demo(arguments: list[str]) -> int:
+    values = _demo_parser().parse_args(arguments).as_dict()
+
+    from idefics_qlora.settings import base_of, wrong
+    from idefics_qlora.sharing.demo import demo
+
+    base, open_browser = values.pop("base"), values.pop("open")
+    with wrong():
+        demo(**values, base=None if base is None else base_of(base), open_browser=open_browser)
     return DONE
 
 
@@ -523,6 +535,25 @@ def _push_parser() -> ArgumentParser:
     return parser
 
 
+def _demo_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    about = "Serve a page on this machine: pictures and a question, base and adapter side by side."
+    parser = ArgumentParser(prog=f"{PROG} demo", description=about)
+    parser.add_argument("checkpoint", type=str, help="a run's folder, or a checkpoint-N of it")
+    help_of_base = "Hub id or folder of the base; left out: the adapter's"
+    parser.add_argument("--base", type=str | None, help=help_of_base)
+    help_of_device = "where the model lives; left out: the first GPU if there is one"
+    parser.add_argument("--device", type=str | None, help=help_of_device)
+    help_of_port = "of 127.0.0.1; left out: the first that is free from 7860 on"
+    parser.add_argument("--port", type=int | None, help=help_of_port)
+    help_of_tokens = "tokens of an answer at most, as the page has it at first"
+    parser.add_argument("--max_new_tokens", type=int, default=50, help=help_of_tokens)
+    help_of_open = "open the page in a browser"
+    parser.add_argument("--open", type=bool, default=False, help=help_of_open)
+    return parser
+
+
 COMMANDS = {
     "train": _Command(_train, "fine-tune a base on rows", _parser("train")),
     "evaluate": _Command(
@@ -537,6 +568,7 @@ COMMANDS = {
     "memory": _Command(_memory, "estimate the GPU memory of a training", _memory_parser),
     "merge": _Command(_merge, "put an adapter into the weights of its base", _merge_parser),
     "push": _Command(_push, "upload an adapter or a merged model, with a card", _push_parser),
+    "demo": _Command(_demo, "try an adapter on a page, beside its base", _demo_parser),
     "report": _Command(
         _report, "write the page of a run anew, or one of several side by side", _report_parser
     ),

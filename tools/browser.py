@@ -118,8 +118,10 @@ class Browser:
                 return result
             self._note(answer)
 
-    def open(self, page: Path, size: tuple[int, int] = DESKTOP, *, dark: bool = False) -> None:
-        """Show a file, in a window of so many pixels, and wait until it is loaded."""
+    def open(
+        self, page: Path | str, size: tuple[int, int] = DESKTOP, *, dark: bool = False
+    ) -> None:
+        """Show a file or an address, in a window of so many pixels, and wait until it is loaded."""
         self.send(
             "Emulation.setDeviceMetricsOverride",
             **{"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False},
@@ -127,7 +129,8 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         self._events.clear()
-        self.send("Page.navigate", url=page.resolve().as_uri())
+        address = page if isinstance(page, str) else page.resolve().as_uri()
+        self.send("Page.navigate", url=address)
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._note(self._next("Page.navigate"))
 
@@ -141,6 +144,41 @@ class Browser:
         if "exceptionDetails" in found:
             raise RuntimeError(f"{script}: {found['exceptionDetails']}")
         return found["result"].get("value")
+
+    def wait_for(self, script: str) -> None:
+        """Wait until an expression in the page is true.
+
+        Raises:
+            RuntimeError: If it raises, or stays false for as long as the browser may take.
+        """
+        look = f"const look = () => ({script}) ? done(true) : setTimeout(look, 20); look()"
+        caught = f"new Promise((done, failed) => {{ try {{ {look} }} catch (e) {{ failed(e) }} }})"
+        found = self.send("Runtime.evaluate", expression=caught, awaitPromise=True)
+        if "exceptionDetails" in found:
+            raise RuntimeError(f"{script}: {found['exceptionDetails']}")
+
+    def choose(self, selector: str, *files: Path) -> None:
+        """Give files to an input of a page, as if they had been chosen or dropped there."""
+        root = self.send("DOM.getDocument")["root"]["nodeId"]
+        node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        names = [str(file.resolve()) for file in files]
+        self.send("DOM.setFileInputFiles", nodeId=node, files=names)
+
+    def click(self, selector: str) -> None:
+        """Click into the middle of an element."""
+        middle = self.evaluate(
+            f"(e => (e.scrollIntoView({{block: 'center'}}), b => [b.left + b.width / 2, "
+            f"b.top + b.height / 2])(e.getBoundingClientRect()))"
+            f"(document.querySelector({json.dumps(selector)}))"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            where = {"x": middle[0], "y": middle[1], "button": "left", "clickCount": 1}
+            self.send("Input.dispatchMouseEvent", type=kind, **where)
+
+    def type(self, selector: str, text: str) -> None:
+        """Write a text over what stands in a field."""
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).select()")
+        self.send("Input.insertText", text=text)
 
     def press(self, key: str) -> None:
         """Press and release a key, such as ``ArrowLeft`` or ``Tab``."""

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from idefics_qlora.data.checks import items_of
+from idefics_qlora.data.example import PromptItem, Turn
 from idefics_qlora.durable import CheckpointError, json_mapping, read_whole, write_whole
 from idefics_qlora.evaluation.samples import Sample, captions, read_samples
 from idefics_qlora.model.adapters import without_adapter
@@ -159,6 +160,7 @@ class Gallery:
                 "images": files,
                 "more_images": len(row.pixels) - len(images),
                 "prompt": "\n".join(i for i in items_of(row.example.prompt) if isinstance(i, str)),
+                **_asked(row.example.prompt),
                 "right": [*(row.example.references or (row.example.completion,))],
                 "base": base.get(row.name),
                 "text": said.get(row.name),
@@ -205,6 +207,19 @@ def webp(pixels: Tensor) -> bytes:
 def _highest(losses: Mapping[int, float]) -> list[int]:
     """Numbers of the rows of the highest loss; one that is not finite comes first."""
     return sorted(losses, key=lambda i: (losses[i] == losses[i], -losses[i], i))[:HIGHEST]
+
+
+def _asked(prompt: Sequence[PromptItem]) -> dict[str, Any]:
+    """How a row asks: what a page needs that asks the same of other pictures.
+
+    There is a question if the prompt is nothing but pictures and one text behind them.
+    """
+    *before, last = items_of(prompt)
+    is_dialogue = isinstance(prompt[0], Turn)
+    is_one = isinstance(last, str) and not any(isinstance(item, str) for item in before)
+    if is_dialogue:
+        is_one &= len(prompt) == 1
+    return {"question": last if is_one else None, "dialogue": is_dialogue}
 
 
 def _texts(samples: Sequence[Mapping[str, Any]]) -> dict[str, str]:
