@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -284,11 +284,13 @@ class MergedWeights:
             generation = GenerationConfig.from_pretrained(files.folder)
         else:
             generation = GenerationConfig.from_model_config(config)
-        generation.save_pretrained(folder)
         processor = AutoProcessor.from_pretrained(files.folder)
         side = None if state is None else state.get("image_side")
         family = family_of_config(config)
-        if side not in (None, family.reader(processor).side):
+        reader = family.reader(processor)
+        _end_as_learnt(generation, reader.tokenizer.convert_tokens_to_ids([*reader.end_tokens]))
+        generation.save_pretrained(folder)
+        if side not in (None, reader.side):
             family.set_longest_edge(processor, side)  # as it was trained
         processor.save_pretrained(folder)
 
@@ -329,6 +331,18 @@ class MergedWeights:
         for wrapper in wrappers:
             wrapper.merged_adapters.clear()
         return merged
+
+
+def _end_as_learnt(generation: GenerationConfig, end_ids: Sequence[int]) -> None:
+    """Let texts end where training ended them, whoever generates.
+
+    Some bases name the end of a sequence alone, and a server that asks turns of a dialogue would
+    write on behind the end of its turn.
+    """
+    known = generation.eos_token_id
+    ids = [] if known is None else [known] if isinstance(known, int) else [*known]
+    if missing := [i for i in end_ids if i not in ids]:
+        generation.eos_token_id = [*ids, *missing]
 
 
 def _forget(module: nn.Module) -> None:
