@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from idefics_qlora.config import check_whole
+from idefics_qlora.data.templates import trained_captions
 from idefics_qlora.model.loading import load_finetuned
 from idefics_qlora.sharing.side_by_side import Asked, SideBySide, asked_by
 
@@ -68,7 +69,7 @@ def demo(
     with _bound(port) as listening, tempfile.TemporaryDirectory() as uploads:
         options: dict[str, Any] = {} if device is None else {"device": device}
         model, processor = load_finetuned(checkpoint, base=base, **options)
-        asked = asked_by(Path(checkpoint).expanduser())
+        asked = asked_by(Path(checkpoint).expanduser(), trained_captions(processor))
         pair = SideBySide(model, processor, asked.max_length)
         # Read when it is imported, and at calls.
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}

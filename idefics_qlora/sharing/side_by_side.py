@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from idefics_qlora.data.batches import Collator, Tokens
-from idefics_qlora.data.captions import QUESTION
+from idefics_qlora.data.captions import QUESTION, Captions, columns_of
 from idefics_qlora.data.checks import text_findings
 from idefics_qlora.data.example import PromptItem, Turn, as_prompt
 from idefics_qlora.evaluation.generation import generate_from_tokens
@@ -50,17 +50,22 @@ class Asked:
     rows: tuple[HeldOut, ...] = ()
 
 
-def asked_by(checkpoint: Path) -> Asked:
+def asked_by(checkpoint: Path, trained: Captions | None = None) -> Asked:
     """How the run asks that left a checkpoint.
 
     Args:
         checkpoint: The run's folder, one of its checkpoints, or an adapter's of which no run is
             known.
+        trained: The conversion with which the adapter says that it was trained.
     """
+    asked = Asked()
     for folder in (checkpoint, checkpoint.absolute().parent):
         with suppress(ValueError):
-            return _asked(read_run(folder))
-    return Asked()
+            asked = _asked(read_run(folder))
+            break
+    if trained is not None and not columns_of("question", trained.question):
+        return replace(asked, question=trained.text({}), is_dialogue=False)
+    return asked
 
 
 def _asked(run: RunFolder) -> Asked:
@@ -68,9 +73,6 @@ def _asked(run: RunFolder) -> Asked:
     dialogues = {row.get("dialogue") is True for row in entries}
     is_dialogue = dialogues == {True}
     questions = {_question_of(row) for row in entries}
-    own = run.settings.get("data", {}).get("question")
-    if isinstance(own, str) and "{" not in own:
-        questions = {own}
     question = QUESTION
     if questions:
         question = questions.pop() if len(questions) == 1 else ""

@@ -108,11 +108,9 @@ def test_an_answer_can_be_broken_off(lora, processor, pictures):
 # --- how the run asked ----------------------------------------------------------------------------
 
 
-def run_with(folder, *rows, samples=(), data=None, **train):
+def run_with(folder, *rows, samples=(), **train):
     """A run's folder with rows of its gallery, and their pictures."""
     run = write_run(folder, [{"step": 1, "loss": 1.0}], gallery={"rows": rows}, train=train)
-    settings = json.loads((run / "config.yaml").read_text()) | {"data": data or {}}
-    (run / "config.yaml").write_text(json.dumps(settings))
     lines = "".join(json.dumps({"step": 1, **sample}) + "\n" for sample in samples)
     (run / "samples.jsonl").write_text(lines)
     (run / "eval_samples").mkdir()
@@ -130,8 +128,8 @@ def asking(index, question, **changes):
 
 
 def test_the_runs_question_is_known(tmp_path):
-    """The one that all rows ask, or that the run was told; none if each has its own; the tutorial's
-    if nothing is known. A checkpoint asks as its run does."""
+    """That of the adapter's templates, or the one that all rows ask; none if each has its own; the
+    tutorial's if nothing is known. A checkpoint asks as its run does."""
     same = run_with(tmp_path / "same", asking(0, "What?"), asking(1, "What?"), max_length=70)
     (same / "checkpoint-1").mkdir()
     for folder in (same, same / "checkpoint-1"):
@@ -141,10 +139,10 @@ def test_the_runs_question_is_known(tmp_path):
         assert [image.name for image in asked.rows[1].images] == ["row-1-image-0.webp"]
     other = run_with(tmp_path / "other", asking(0, "Who?", dialogue=True), asking(1, "Where?"))
     assert asked_by(other).question == ""
-    told = run_with(tmp_path / "told", asking(0, "What?"), data={"question": "Why?"})
-    assert asked_by(told).question == "Why?"
-    fields = run_with(tmp_path / "fields", asking(0, "A?"), data={"question": "{q}?"})
-    assert asked_by(fields).question == "A?"
+    captions = {kind: iq.Captions(answer=" {a}", question=kind) for kind in ("Why?", "{q}?")}
+    assert asked_by(same, captions["Why?"]).question == "Why?"
+    assert asked_by(same, captions["{q}?"]).question == "What?"
+    assert asked_by(tmp_path, captions["Why?"]) == Asked("Why?")
     assert asked_by(tmp_path) == Asked() == Asked(QUESTION, False, None, ())
 
 
@@ -196,9 +194,9 @@ def test_mistakes_are_told_before_a_model_is_loaded(tmp_path, capsys, monkeypatc
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         told = problem_of(capsys, tmp_path, "--port", port)
-    assert f"port={port} is in use by another program" in told
+    assert f"--port {port} is in use by another program: pass another one" in told
     assert "65535" in problem_of(capsys, tmp_path, "--port", 70000)
-    assert "max_new_tokens=0" in problem_of(capsys, tmp_path, "--max_new_tokens", 0)
+    assert "--max_new_tokens 0" in problem_of(capsys, tmp_path, "--max_new_tokens", 0)
     monkeypatch.setattr(demos, "find_spec", lambda name: None)
     told = problem_of(capsys, tmp_path)
     assert told == '  - demo needs the package gradio: pip install "idefics_qlora[demo]"'

@@ -98,6 +98,8 @@ def test_each_family_is_merged_and_loads_elsewhere(family, tmp_path, examples):
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    ends = model.generation_config.eos_token_id  # a server's texts end where training ended them
+    assert {*Collator(processor).end_ids} <= {*([ends] if isinstance(ends, int) else ends)}
     made = pipeline("image-text-to-text", model=str(tmp_path / "out"), device="cpu")
     assert type(made.model) is type(model)
     batch = Collator(processor)(examples[:2])

@@ -62,6 +62,23 @@ def test_four_rows_are_captioned_at_the_end(finished, processor, cards):
         assert iq.images.open_image(folder / picture).size == (64, 64)
 
 
+def test_how_rows_ask_is_kept(lora, processor, cards, tmp_path):
+    """The question, if a prompt is pictures and one text behind them, and whether it is a turn of a
+    dialogue: a page asks the same way of other pictures."""
+    picture = cards[0]["image"]
+    prompts = [
+        [picture, picture, "Which?"],
+        [iq.Turn("user", [picture, "Which?"])],
+        [iq.Turn("system", "Be brief."), iq.Turn("user", [picture, "Which?"])],
+        ["Here:", picture, "Which?"],
+    ]
+    held_out = [iq.Example(prompt, " This.") for prompt in prompts]
+    train(lora, processor, held_out, held_out, tmp_path / "run", None, max_steps=2)
+    rows = kept(tmp_path / "run")["rows"]
+    assert [row["question"] for row in rows] == ["Which?", "Which?", None, None]
+    assert [row["dialogue"] for row in rows] == [False, True, True, False]
+
+
 def test_the_rows_of_the_highest_loss(finished, processor, cards):
     """They are those of which an evaluation of each row alone says so, the highest first."""
     model, folder = finished
