@@ -155,6 +155,7 @@ def wrong_with(words):
     if words[:2] == ["pip", "install"]:
         extras = re.findall(r"^(\w+) =$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
         known = [["."], *([f".[{extra}]"] for extra in extras)]
+        known.append(["transformers[serving]"])
         return None if rest[1:] in known else f"install {rest[1:]}"
     if program == cli.PROG:
         return wrong_with_ours(rest)

@@ -1,1 +1,1 @@
-"""What people give away: merged weights, and an adapter or a model on the Hub with its card."""
+"""What people give away: merged weights, an adapter or a model with its card; a page to try it."""
