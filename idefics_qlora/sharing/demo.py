@@ -13,7 +13,8 @@ import socket
 import tempfile
 import threading
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -128,13 +129,12 @@ def _page(pair: SideBySide, asked: Asked, name: str, max_new_tokens: int) -> Any
         text: str,
         is_dialogue: bool,
         tokens: int,
-        right: str,
     ) -> Iterator[tuple[str, str, str]]:
         yield "", "", ""
         try:
             images = [Path(file) for file, _ in pictures or ()]
             question = pair.read(images, text or "", is_dialogue, tokens)
-            told = _told(question.notes, right)
+            told = _told(question.notes, right.get(_key(images, text), ""))
             base = pair.base(question, tokens)
             yield told, base, ""
             yield told, base, pair.adapter(question, tokens)
@@ -147,9 +147,9 @@ def _page(pair: SideBySide, asked: Asked, name: str, max_new_tokens: int) -> Any
 
     def take(number: int) -> tuple[Any, ...]:
         row = asked.rows[number]
-        files = [str(image) for image in row.images]
-        return files, row.question, row.right, _told([], row.right), "", ""
+        return [*map(str, row.images)], row.question, _told([], row.right), "", ""
 
+    right = {_key(row.images, row.question): row.right for row in asked.rows}
     with gr.Blocks(title=f"{name}: base and adapter", analytics_enabled=False) as page:
         gr.HTML(f"<h1>{escape(name)}: what the base says, and what the adapter has learnt</h1>")
         with gr.Row():
@@ -157,7 +157,8 @@ def _page(pair: SideBySide, asked: Asked, name: str, max_new_tokens: int) -> Any
                 pictures = gr.Gallery(
                     label="Pictures: drop one or several",
                     file_types=["image"],
-                    columns=3,
+                    columns=2,
+                    fit_columns=False,
                     height=320,
                     object_fit="contain",
                     interactive=True,
@@ -196,17 +197,15 @@ def _page(pair: SideBySide, asked: Asked, name: str, max_new_tokens: int) -> Any
                         )
                         for label, elem_id in (("Base", "base"), ("With the adapter", "adapter"))
                     ]
-        right = gr.State("")
         if asked.rows:
             rows = _rows(asked)
-            given = [pictures, text, right, told, *said]
-            rows.click(take, rows, given, **_OWN)
-            # What was to be said holds for that row alone.
-            gr.on([pictures.upload, pictures.delete, text.input], str, None, right, **_OWN)
+            rows.click(
+                take, rows, [pictures, text, told, *said], queue=False, api_visibility="private"
+            )
         gr.on(
             [ask.click, text.submit],
             answer,
-            [pictures, text, is_dialogue, tokens, right],
+            [pictures, text, is_dialogue, tokens],
             [told, *said],
             concurrency_limit=1,
             api_visibility="private",
@@ -214,8 +213,9 @@ def _page(pair: SideBySide, asked: Asked, name: str, max_new_tokens: int) -> Any
     return page
 
 
-_OWN = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-"""What happens at once, and can be asked by the page alone."""
+def _key(images: Iterable[Path], question: str) -> tuple[str, ...]:
+    """Tells whether pictures and question are those of a row, whatever the files are called."""
+    return (question, *(sha256(image.read_bytes()).hexdigest() for image in images))
 
 
 def _rows(asked: Asked) -> Any:

@@ -16,7 +16,6 @@ from transformers import StoppingCriteria
 
 from idefics_qlora.data.batches import Collator, Tokens
 from idefics_qlora.data.captions import QUESTION, Captions, columns_of
-from idefics_qlora.data.checks import text_findings
 from idefics_qlora.data.example import PromptItem, Turn, as_prompt
 from idefics_qlora.evaluation.generation import generate_from_tokens
 from idefics_qlora.families import family_of
@@ -180,7 +179,11 @@ class SideBySide:
         pixels = self._collator.pixels(prompt)
         (tokens,) = self._collator.prompt_tokens([prompt])
         tokens = self._collator.placed(tokens, pixels)
-        notes = [finding.line for finding in text_findings(prompt, self._collator.forged)]
+        notes = []
+        if found := self._collator.forged.search(text):
+            notes.append(
+                f"{found[0]!r} is read as letters: a picture's place is before the question."
+            )
         number = f"{len(images)} picture{'s' * (len(images) > 1)} and the question are"
         number += f" {len(tokens.ids)} tokens"
         if self._limit is not None and len(tokens.ids) + max_new_tokens > self._limit:
