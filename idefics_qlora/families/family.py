@@ -229,6 +229,9 @@ class Family(ABC):
         """Why a processor of this family is not that of a model of it; empty if it can be."""
         return ""
 
+    def mend(self, model: PreTrainedModel) -> None:  # noqa: B027  # most need nothing
+        """Put right what versions of ``transformers`` get wrong, in a base that was just loaded."""
+
     def set_longest_edge(self, processor: Processor, pixels: int) -> None:
         """Let a processor make the longest side of pictures so many pixels.
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from idefics_qlora.families.family import Family, Model
+from idefics_qlora.families.patches import patches_of, place_exactly
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 MAKERS_LORA = MappingProxyType(
     {"r": 8, "lora_alpha": 8, "lora_dropout": 0.1, "init_lora_weights": "gaussian"}
@@ -26,6 +28,10 @@ class Successor(Family):
 
     not_quantized = ("lm_head", "embed_tokens")
     lora_targets = ("q_proj", "k_proj", "v_proj")
+
+    def mend(self, model: PreTrainedModel) -> None:
+        """Patches get the places that the vision tower was trained with."""
+        place_exactly(model.model.vision_model.embeddings)
 
     def num_embeddings(self, model: Model) -> int:
         """Token ids that a model can embed."""
@@ -90,7 +96,7 @@ class Successor(Family):
         tiles = inputs["pixel_values"]
         side = vision.embeddings.num_patches_per_side
         seen = torch.ones(len(tiles), side, side, dtype=torch.bool)
-        embedded = vision.embeddings(pixel_values=tiles, patch_attention_mask=seen)
+        embedded = patches_of(vision.embeddings, tiles, seen)
         encoded = vision.encoder(inputs_embeds=embedded, attention_mask=None).last_hidden_state
         connected = self.connected(base.model.connector, vision.post_layernorm(encoded))
         features = connected.flatten(0, 1)

@@ -10,10 +10,28 @@ import torch
 from peft import (
     PeftModel,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from idefics_qlora.families.family import Model
 from idefics_qlora.model.precision import compute_dtype
+
+
+def wrong_shape(model: nn.Module) -> str | None:
+    """The first layer whose weight has another shape than the layer, in words.
+
+    ``transformers`` lets weights pass that are quantised while they are loaded.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            expected = (module.out_features, module.in_features)
+        elif isinstance(module, nn.Embedding):
+            expected = (module.num_embeddings, module.embedding_dim)
+        else:
+            continue
+        found = tuple(getattr(module.weight, "quant_state", module.weight).shape)
+        if found != expected:
+            return f"{name}.weight has shape {found}, not {expected}"
+    return None
 
 
 def base_fingerprint(model: Model) -> dict[str, str]:

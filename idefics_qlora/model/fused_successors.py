@@ -30,6 +30,7 @@ from transformers.models.smolvlm import modeling_smolvlm as smolvlm
 from idefics_qlora.families.family import Vision
 from idefics_qlora.families.idefics2_reader import Idefics2Vision
 from idefics_qlora.families.idefics3_reader import Idefics3Vision
+from idefics_qlora.families.patches import patches_of
 from idefics_qlora.families.tiles import TiledVision
 from idefics_qlora.model.fused import (
     Architecture,
@@ -309,32 +310,6 @@ class _Successor(Architecture):
 def _tiled(vision: Vision) -> TiledVision:
     assert isinstance(vision, TiledVision)
     return vision
-
-
-def patches_of(embeddings: Any, pixels: Tensor, is_patch: Tensor) -> Tensor:
-    """Patches (P, L, D) with their places: what a tower's embeddings give, bit by bit.
-
-    Their own forward asks, in versions of transformers, which patches are there, and waits for the
-    answer: no graph can be recorded of that. A picture's patches spread over the places that the
-    tower was trained with, whatever their number.
-
-    Args:
-        embeddings: The tower's.
-        pixels: (P, 3, H, W), normalised.
-        is_patch: (P, rows, columns) bool.
-    """
-    side = embeddings.num_patches_per_side
-    bounds = torch.arange(1 / side, 1.0, 1 / side, device=pixels.device)
-
-    def places(are: Tensor) -> Tensor:
-        numbers = torch.arange(are.shape[1], device=are.device, dtype=torch.float32)
-        parts = torch.clamp(numbers[None] * (1.0 / are.sum(dim=1))[:, None], max=1.0 - 1e-6)
-        return torch.bucketize(parts, bounds, right=True)
-
-    rows, columns = places(is_patch[:, :, 0]), places(is_patch[:, 0, :])
-    at = (rows[:, :, None] * side + columns[:, None, :]).masked_fill(~is_patch, 0)
-    patches: Tensor = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
-    return patches + embeddings.position_embedding(at.flatten(1))
 
 
 def _encoded(tower: Any, pixels: Tensor, is_patch: Tensor, mask: Tensor | None) -> Tensor:

@@ -26,10 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-)
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -54,7 +51,7 @@ from idefics_qlora.durable import CheckpointError
 from idefics_qlora.families import family_of_config
 from idefics_qlora.families.family import Processor
 from idefics_qlora.model.adapters import attach, load_adapter
-from idefics_qlora.model.base import base_fingerprint, same_base
+from idefics_qlora.model.base import base_fingerprint, same_base, wrong_shape
 from idefics_qlora.model.base_weights import (
     BaseWeights,
     check_base_weights,
@@ -162,6 +159,9 @@ def load_model(
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             lacks = f"they lack {', '.join(missing[:3])}{more}"
             raise _other_weights(name, family.model_type, lacks)
+        if wrong := wrong_shape(model):
+            raise _other_weights(name, family.model_type, wrong)
+        family.mend(model)
         model.requires_grad_(False)
         if packed:
             _compute_in(model, compute_dtype)

@@ -104,6 +104,18 @@ def test_weights_of_another_family(bases, family, tmp_path):
         iq.load_model(folder, device="cpu")
 
 
+@pytest.mark.parametrize("quantize", [True, False])
+def test_weights_of_another_size(bases, family, tmp_path, quantize):
+    """transformers lets those of quantised layers pass, and computes with what is there."""
+    folder = files_of(bases, family, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config.get("text_config", config)["intermediate_size"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    how = "_proj.weight has shape" if quantize else "they have other shapes"
+    with pytest.raises(ValueError, match=rf"weights of {folder} are not those of the .*{how}"):
+        iq.load_model(folder, device="cpu", quantize=quantize)
+
+
 def test_a_base_that_lacks_a_weight(bases, family, tmp_path):
     """transformers would make it up, with a warning among others."""
     folder = files_of(bases, family, tmp_path / "base")

@@ -53,7 +53,7 @@ def test_a_picture_padded_is_the_picture_alone(successor, processor):
     expected = features(alone, alone["pixel_attention_mask"])
     found = features(both, both["pixel_attention_mask"])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-    assert (features(both, None) - expected).abs().max() > 0.1  # what the mask is for
+    assert (features(both, None) - expected).abs().max() > 0.03  # what the mask is for
 
 
 def test_a_part_of_a_batch_has_no_pixels_to_spare(processor):

@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.families import family_of
+from idefics_qlora.families.patches import patches_of
 from idefics_qlora.model import fused, fused_idefics, fused_successors
 from idefics_qlora.model.graphs import FastPath
 from idefics_qlora.model.loss import summed_cross_entropy
@@ -376,16 +377,17 @@ def test_nothing_waits_for_data(base, batch):
 def test_patches_have_the_models_places(base):
     """Pictures of all sizes, alone and beside smaller ones; no step asks which patches are there
     (in some versions of transformers the model's own do)."""
-    embeddings = base.model.vision_model.embeddings
+    embeddings = base.model.vision_model.embeddings.float()  # 16 bits: test_patches.py
+    own = type(embeddings).forward
     size, side = embeddings.patch_size, embeddings.num_patches_per_side
     for rows, columns in itertools.product(range(1, side + 1), repeat=2):
         is_patch = torch.zeros(3, rows, columns, dtype=torch.bool)
         for n in range(3):
             is_patch[n, : rows - n or 1, : columns - 2 * n if columns > 2 * n else 1] = True
-        pixels = torch.rand(3, 3, rows * size, columns * size, dtype=base.dtype)
-        expected = embeddings(pixel_values=pixels, patch_attention_mask=is_patch)
+        pixels = torch.rand(3, 3, rows * size, columns * size)
+        expected = own(embeddings, pixel_values=pixels, patch_attention_mask=is_patch)
         with Operations() as ours:
-            patches = fused_successors.patches_of(embeddings, pixels, is_patch)
+            patches = patches_of(embeddings, pixels, is_patch)
         assert torch.equal(patches, expected)
         assert not {"nonzero", "index", "index_put_", "_local_scalar_dense"} & set(ours.names)
 
