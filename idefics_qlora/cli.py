@@ -105,10 +105,11 @@ def _overview(arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     told = _told("train", arguments)
-    config, lora, to_example = told.config(), told.lora(), told.to_example()
+    config, adapters, to_example = told.config(), told.adapters(), told.to_example()
     metrics = told.metrics()
     train_rows, eval_rows = told.rows("train"), told.rows("eval")
     told.check_base()
+    told.check_adapters()
     told.check_run(config, train_rows, metrics)
     told.check_rows(to_example, train=train_rows, eval=eval_rows)
     told.raise_problems()
@@ -125,7 +126,7 @@ def _train(arguments: list[str]) -> int:
 
     with wrong():
         model, processor = told.base()
-        model = add_lora(model, lora, seed=config.seed)
+        model = add_lora(model, **adapters, seed=config.seed)
     try:
         result = train(
             model,

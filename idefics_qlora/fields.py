@@ -43,6 +43,18 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Adapters, beside the fields of ``peft.LoraConfig``; as ``add_lora`` takes them."""
+
+    recipe: Literal["makers"] | None = None
+    """``makers``: what the makers of the base published for fine-tuning, instead of the fields of
+    ``peft.LoraConfig``."""
+
+    train_parts: list[str] = field(default_factory=list)
+    """Parts that are trained whole, such as [vision tower, connector]; with quantize: false."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Rows, and how they become examples."""
 
@@ -115,6 +127,7 @@ def sections() -> dict[str, Field]:
     }
     return {
         **fields_of("model", ModelSettings),
+        **fields_of("lora", LoraSettings),
         **lora,
         **fields_of("data", DataSettings),
         **fields_of("train", TrainConfig),

@@ -110,9 +110,19 @@ class Told:
             self.values["train.output_dir"] = "."
         return self._made("train", TrainConfig, ValueError)
 
-    def lora(self) -> Any:
-        """The configuration of the adapters."""
-        return self._made("lora", LoraConfig, Exception)
+    def adapters(self) -> dict[str, Any]:
+        """What ``add_lora`` makes adapters of, beside the seed."""
+        fields = self.section("lora")
+        recipe, parts = fields.pop("recipe"), fields.pop("train_parts") or []
+        if recipe is None:
+            lora = self._made("lora", LoraConfig, Exception, fields)
+            return {"config": lora, "train_parts": parts}
+        for name in fields:
+            if f"lora.{name}" in self.given:
+                self._note(
+                    f"lora.{name}", f"lora.recipe={recipe} decides it: leave one of them out"
+                )
+        return {"config": recipe, "train_parts": parts}
 
     def to_example(self) -> Captions | None:
         """How a row becomes an example; ``None`` for a known format, or as in training."""
@@ -228,6 +238,22 @@ class Told:
             except (OSError, ValueError) as error:
                 self._note("model.base", str(error))
 
+    def check_adapters(self) -> None:
+        """See that the base has such a recipe and such parts, without loading it."""
+        try:
+            name, revision = self.values["model.base"], self.values["model.revision"]
+            family = family_of_config(load_config(base_of(name), revision)[1])
+        except (AttributeError, OSError, TypeError, ValueError):  # what is wrong with it is told
+            return
+        if self.values["lora.recipe"] and family.makers_lora is None:
+            self._note("lora.recipe", f"those of {family.model_type} published none: leave it out")
+        parts = self.values["lora.train_parts"] or []
+        if not {*parts} <= {*family.parts}:
+            known = ", ".join(map(repr, family.parts))
+            self._note("lora.train_parts", f"expected parts of {family.model_type}, {known}")
+        if parts and self.values["model.quantize"] and self.values["model.base_weights"] == "4bit":
+            self._note("lora.train_parts", "weights in 4 bits learn nothing: model.quantize=false")
+
     def check_source(self) -> None:
         """See that there is an adapter or a base."""
         adapter = self.values["adapter"]
@@ -303,9 +329,15 @@ class Told:
         """``None``: as the base's family has it."""
         return DTYPES.get(self.values["train.precision"])
 
-    def _made(self, section: str, kind: type, errors: type[Exception]) -> Any:
+    def _made(
+        self,
+        section: str,
+        kind: type,
+        errors: type[Exception],
+        fields: dict[str, Any] | None = None,
+    ) -> Any:
         try:
-            return kind(**self.section(section))
+            return kind(**(self.section(section) if fields is None else fields))
         except errors as error:
             self.problems += located(section, error, self.given)
             return None

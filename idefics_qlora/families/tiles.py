@@ -179,9 +179,15 @@ class TiledReader(Reader):
         """What stands in a text for the tiles of an image."""
 
     def interleaved(self, items: Sequence[Any], completion: str = "") -> list[Piece]:
-        """Texts and images in reading order, written out."""
+        """Texts and images in reading order, written out.
+
+        Texts as they are, but for the spaces at the end: those belong to what follows.
+        """
         image = Piece(self.image_token, is_control=True)
-        pieces = [Piece(item.strip(" ")) if isinstance(item, str) else image for item in items]
+        texts = [item if isinstance(item, str) else None for item in items]
+        if texts and texts[-1] is not None:
+            texts[-1] = texts[-1].rstrip(" ")
+        pieces = [image if text is None else Piece(text) for text in texts]
         return pieces + [Piece(completion, is_target=True)] * bool(completion)
 
     def dialogue(self, turns: Sequence[Said], completion: str) -> list[Piece]:

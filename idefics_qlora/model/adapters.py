@@ -72,7 +72,7 @@ def add_lora(
     """
     # peft.prepare_model_for_kbit_training is left out on purpose: its reentrant checkpointing cuts
     # the vision tower's adapters off from the gradient, because pixels require none.
-    lora = _configuration(model, config)
+    lora = lora_configuration(model, config)
     if isinstance(model, PeftModel):
         raise ValueError(
             "the model has adapters already: expected the base as load_model gives it; to go on "
@@ -91,8 +91,12 @@ def add_lora(
         return attach(model, lora)
 
 
-def _configuration(model: PreTrainedModel, config: LoraConfig | str | None) -> LoraConfig:
-    """What ``config`` of :func:`add_lora` stands for."""
+def lora_configuration(model: PreTrainedModel, config: LoraConfig | str | None) -> LoraConfig:
+    """What ``config`` of :func:`add_lora` stands for; a copy.
+
+    Raises:
+        ValueError: If it stands for nothing, or the makers published no recipe.
+    """
     if config is None:
         return LoraConfig(**RECIPE)
     if not isinstance(config, str):

@@ -18,7 +18,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -220,7 +220,7 @@ def estimate_memory(
     quantize: bool = True,
     base_weights: BaseWeights = "4bit",
     nested_constants: bool = False,
-    lora: LoraConfig | None = None,
+    lora: LoraConfig | Literal["makers"] | None = None,
     train_parts: Sequence[str] = (),
     optim: Optim = "paged_adamw_8bit",
     revision: str | None = None,
@@ -362,7 +362,14 @@ def add_arguments(parser: Any) -> None:
         "--slow", dest="fast", action="store_false", help="through the model's own layers"
     )
     parser.add_argument("--precision", choices=get_args(AskedPrecision), default="auto")
+    parser.add_argument(
+        "--no-quantize", dest="quantize", action="store_false", help="a base in 16 bits"
+    )
     parser.add_argument("--base-weights", choices=get_args(BaseWeights), default="4bit")
+    parser.add_argument("--lora", choices=["makers"], help="their recipe; left out: the usual one")
+    parser.add_argument(
+        "--train-parts", nargs="+", default=[], help="trained whole, such as 'vision tower'"
+    )
     parser.add_argument("--revision", help="of a Hub checkpoint")
 
 

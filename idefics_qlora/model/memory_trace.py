@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from idefics_qlora.families import family_of_config
-from idefics_qlora.model.adapters import add_lora
+from idefics_qlora.model.adapters import add_lora, lora_configuration
 from idefics_qlora.model.base_weights import linear4bit_layers
 
 
@@ -53,7 +52,7 @@ def model_on_meta(
     config: PretrainedConfig,
     dtype: torch.dtype,
     quantize: bool,
-    lora: LoraConfig | None,
+    lora: LoraConfig | Literal["makers"] | None,
     train_parts: Sequence[str] = (),
 ) -> PeftModel:
     """The model with adapters that a run would train, on the meta device."""
@@ -80,11 +79,10 @@ def model_on_meta(
                     parent, _, child = name.rpartition(".")
                     setattr(base.get_submodule(parent), child, layer)
             base.is_loaded_in_4bit = True  # as load_model leaves it; peft chooses its layers by it
-        if lora is not None:
-            # Initial values computed from the weights (PiSSA, LoftQ, ...) need weights.
-            lora = copy.copy(lora)
-            lora.init_lora_weights = True
-        return add_lora(base, lora, train_parts=train_parts).train()
+        configuration = lora_configuration(base, lora)
+        # Initial values computed from the weights (PiSSA, LoftQ, ...) need weights.
+        configuration.init_lora_weights = True
+        return add_lora(base, configuration, train_parts=train_parts).train()
 
 
 def materialize(model: nn.Module, dtype: torch.dtype, nested: bool = True) -> None:

@@ -103,6 +103,23 @@ def test_a_processor_that_uses_pillow_is_equalled_too(processor, split):
         assert_equal(processor, [["A", painted(*shape, seed=number), "B"]], exact=False)
 
 
+def test_spaces_are_as_they_were_typed(processor):
+    """Around texts, between images and where two texts meet; those at the end of a prompt are the
+    answer's, and part of what is learnt."""
+    one, two = painted(64, 64), painted(160, 216)
+    assert_equal(processor, [[" Look at ", one, " and ", two, "  now"]])
+    assert_equal(processor, [["Hello ", "world ", one, " ", two, "\n"]])
+    assert_equal(processor, [[one, "  What?"]])
+    collator = Collator(processor)
+    tokens, spaced = (
+        collator.tokens([iq.Example([one, text], answer)])
+        for text, answer in (("What?", "  It"), ("What?  ", "It"))
+    )
+    assert tokens == spaced
+    prompts = collator.prompt_tokens([[one, "What?"], [one, "What?  "]])
+    assert prompts[0] == prompts[1]
+
+
 @BY_ROWS
 @pytest.mark.parametrize(("tile", "tokens"), [(364, 169), (384, 81), (512, 64)])
 def test_published_sizes_equal_the_processors(processor, tile, tokens):
