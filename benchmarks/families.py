@@ -23,7 +23,11 @@ TEXT_TOKENS = 100
 
 
 class Picture(NamedTuple):
-    """What one of 640 x 480 pixels is for a base as its makers published it."""
+    """What one of 640 x 480 pixels is for a base as its makers published it.
+
+    Idefics3-8B and SmolVLM-Instruct have no tokens for rows and columns: they are words there, of
+    eight and nine tokens for each tile.
+    """
 
     tiles: int
     tokens: int
@@ -34,7 +38,7 @@ PICTURES = {
     "HuggingFaceM4/idefics-80b": Picture(1, 3),
     "HuggingFaceM4/idefics2-8b": Picture(5, 326),
     "HuggingFaceM4/Idefics3-8B-Llama3": Picture(13, 2314),
-    "HuggingFaceTB/SmolVLM-Instruct": Picture(13, 1083),
+    "HuggingFaceTB/SmolVLM-Instruct": Picture(13, 1183),
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct": Picture(13, 1083),
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": Picture(13, 862),
     "HuggingFaceTB/SmolVLM-256M-Instruct": Picture(13, 862),
@@ -48,22 +52,25 @@ def main() -> None:
         "| precision |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, base in PUBLISHED.items():
-        picture = PICTURES[name]
-        cells = [
-            f"`{name}`",
-            f"{base.parameters:,}",
-            f"{picture.tiles}, {picture.tokens:,}",
-            *(peaks(name, quantize) for quantize in (True, False)),
-            "LLaMA's" if base.config_class.model_type == "idefics" else "Apache 2.0",
-            FAMILIES[base.config_class.model_type].precision,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"| {' | '.join(cells(name))} |" for name in PUBLISHED]
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     table = "\n".join(lines)
     PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+
+
+def cells(name: str) -> list[str]:
+    """The row of a base."""
+    base, picture = PUBLISHED[name], PICTURES[name]
+    return [
+        f"`{name}`",
+        f"{base.parameters:,}",
+        f"{picture.tiles}, {picture.tokens:,}",
+        *(peaks(name, quantize) for quantize in (True, False)),
+        "LLaMA's" if base.config_class.model_type == "idefics" else "Apache 2.0",
+        FAMILIES[base.config_class.model_type].precision,
+    ]
 
 
 def peaks(name: str, quantize: bool) -> str:

@@ -85,6 +85,7 @@ _MAY_HAVE = {
     **{"run": str, "finished_step": int, "num_told": int, "judged_from": int},
     **{"diverged": (str, NoneType), "draft": bool, "image_side": int},
     "templates": (dict, NoneType),
+    "image_splitting": bool,
     "too_large": list,
 }
 """What that of 0.1 does not have."""
@@ -271,8 +272,8 @@ def load_adapter_files(
 
     Returns:
         The adapter's tensors (on the CPU), its configuration, and the state of the run that made
-        it (of an adapter that was shared ``base``, ``image_side`` and ``templates`` alone; ``None``
-        for a folder of another origin).
+        it (of an adapter that was shared ``base``, ``image_side``, ``image_splitting`` and
+        ``templates`` alone; ``None`` for a folder of another origin).
 
     Raises:
         FileNotFoundError: If one of the two files is missing.
@@ -295,7 +296,8 @@ def load_adapter_files(
         shared = json_mapping(folder / SHARED, read_whole(folder / SHARED))
         if shared.get("fingerprint") is not None:
             state = {"base": shared["fingerprint"]}
-            state |= {name: shared.get(name) for name in ("image_side", "templates")}
+            names = ("image_side", "image_splitting", "templates")
+            state |= {name: shared.get(name) for name in names}
     return tensors_in(adapter, read_whole(adapter)), json_mapping(config, read_whole(config)), state
 
 

@@ -39,7 +39,10 @@ class ModelSettings:
     """``cuda:0``, ``cpu``, ...; left out: the first GPU if there is one."""
 
     longest_edge: int | None = None
-    """Pixels of a picture's longest side (Idefics3 and SmolVLM); left out: the base's own."""
+    """Pixels of a picture's longest side (not of IDEFICS); left out: the base's own."""
+
+    image_splitting: bool | None = None
+    """Whether pictures are cut into tiles (not of IDEFICS); left out: as the base has it."""
 
 
 @dataclass(frozen=True, kw_only=True)

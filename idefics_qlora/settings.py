@@ -23,7 +23,7 @@ from idefics_qlora.data.rows import RowReader
 from idefics_qlora.data.templates import captions_of, known, question_of
 from idefics_qlora.evaluation.metrics import BY_NAME
 from idefics_qlora.evaluation.predictions import Metric, metric_problems
-from idefics_qlora.families import family_of_config
+from idefics_qlora.families import family_of_config, read_pictures
 from idefics_qlora.images.access import DEFAULT_ACCESS, ImageAccess
 from idefics_qlora.model.loading import load_config, load_finetuned, load_model
 from idefics_qlora.model.precision import DTYPES
@@ -295,7 +295,7 @@ class Told:
         base, adapter = values.pop("base"), self.values["adapter"]
         if adapter is None:
             return self.base()
-        for name in ("revision", "longest_edge"):
+        for name in ("revision", "longest_edge", "image_splitting"):
             if values[name] is None:  # the adapter knows
                 values.pop(name)
         base = None if base is None else base_of(base)
@@ -303,15 +303,15 @@ class Told:
 
     def processor(self) -> Any:
         """The base's processor, without its weights."""
-        base, revision, edge = (
-            self.values[f"model.{name}"] for name in ("base", "revision", "longest_edge")
+        base, revision, edge, splits = (
+            self.values[f"model.{name}"]
+            for name in ("base", "revision", "longest_edge", "image_splitting")
         )
         if base is None:
             base, revision = self._base_of_adapter()
         name, config = load_config(base_of(base), revision)
         processor = AutoProcessor.from_pretrained(name, revision=revision)
-        if edge is not None:
-            family_of_config(config, name).set_longest_edge(processor, edge)
+        read_pictures(family_of_config(config, name), processor, edge, splits)
         return processor
 
     def _base_of_adapter(self) -> tuple[str, str | None]:

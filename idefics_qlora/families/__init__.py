@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -58,6 +59,54 @@ def family_of_processor(processor: Processor) -> Family:
             return family
     known = ", ".join(family.processor_type for family in FAMILIES.values())
     raise ValueError(f"{kind} is the processor of no known architecture: expected {known}")
+
+
+def read_pictures(
+    family: Family, processor: Processor, longest_edge: int | None, image_splitting: bool | None
+) -> dict[str, Any]:
+    """Let a processor read pictures as ``load_model`` was told.
+
+    Returns:
+        What was told, by its name.
+
+    Raises:
+        ValueError: If the family does not know of such a thing.
+    """
+    told: dict[str, Any] = {}
+    if longest_edge is not None:
+        family.set_longest_edge(processor, longest_edge)
+        told["longest_edge"] = longest_edge
+    if image_splitting is not None:
+        family.set_image_splitting(processor, image_splitting)
+        told["image_splitting"] = image_splitting
+    return told
+
+
+def read_as_trained(
+    family: Family,
+    processor: Processor,
+    state: Mapping[str, Any] | None,
+    told: Collection[str] = (),
+) -> dict[str, Any]:
+    """Let a processor read pictures as that of a run did.
+
+    Args:
+        family: The base's.
+        processor: The base's own.
+        state: The run's; ``None`` if it is not known.
+        told: Arguments of ``load_model`` that were given, and stay.
+
+    Returns:
+        What ``load_model`` would have to be told for that.
+    """
+    known, done = state or {}, dict[str, Any]()
+    splits = known.get("image_splitting")
+    if "image_splitting" not in told and splits not in (None, family.reader(processor).splits):
+        done |= read_pictures(family, processor, None, splits)
+    side = known.get("image_side")
+    if "longest_edge" not in told and side not in (None, family.reader(processor).longest_edge):
+        done |= read_pictures(family, processor, side, None)
+    return done
 
 
 def check_model_and_processor(model: Any, processor: Any) -> None:

@@ -90,6 +90,7 @@ class Reader(ABC):
         control_tokens: Tokens with a meaning of their own, which no text may forge.
         end_tokens: End an answer: that of a sequence, and of a turn where the base has one.
         side: S; where images are cut into tiles, the longest side that a picture is resized to.
+        splits: Whether pictures are cut into tiles.
     """
 
     tokenizer: Any
@@ -99,6 +100,12 @@ class Reader(ABC):
     control_tokens: frozenset[str]
     end_tokens: tuple[str, ...]
     side: int
+    splits: bool = False
+
+    @property
+    def longest_edge(self) -> int:
+        """What ``longest_edge`` of ``load_model`` would have to be for the processor as it is."""
+        return self.side
 
     @abstractmethod
     def interleaved(self, items: Sequence[Any], completion: str = "") -> list[Piece]:
@@ -241,6 +248,17 @@ class Family(ABC):
         raise ValueError(
             f"longest_edge={pixels}: pictures of {self.model_type!r} models have one size; leave "
             "it out"
+        )
+
+    def set_image_splitting(self, processor: Processor, splits: bool) -> None:
+        """Let a processor cut pictures into tiles, or leave them whole.
+
+        Raises:
+            ValueError: If pictures of this family are always whole.
+        """
+        raise ValueError(
+            f"image_splitting={splits}: pictures of {self.model_type!r} models are always whole; "
+            "leave it out"
         )
 
     @abstractmethod

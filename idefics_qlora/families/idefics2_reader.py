@@ -113,8 +113,8 @@ class Idefics2Reader(TiledReader):
         elif min(height, width) < 2:
             raise ValueError(
                 f"a picture of {width} x {height} pixels cannot be cut into quarters: expected 2 "
-                "pixels or more either way; leave it out, or set "
-                "processor.image_processor.do_image_splitting = False"
+                "pixels or more either way; leave it out, or load the base with "
+                "image_splitting=False"
             )
         pixels = F.pil_to_tensor(image) if crop_seed is None else random_part(image, crop_seed)
         if pixels.shape[1:] == (height, width):

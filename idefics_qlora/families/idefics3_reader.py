@@ -63,9 +63,12 @@ class Idefics3Reader(TiledReader):
         )
         super().__init__(processor)
         self.tile = int(self.images.max_image_size["longest_edge"])
-        self.side = self.tile
-        if self.images.do_image_splitting:
-            self.side = max(self.tile, int(self.images.size["longest_edge"]))
+        self.side = self.longest_edge if self.splits else self.tile
+
+    @property
+    def longest_edge(self) -> int:
+        """What ``longest_edge`` of ``load_model`` would have to be for the processor as it is."""
+        return max(self.tile, int(self.images.size["longest_edge"]))
 
     def tile_tokens(self, known: Collection[str]) -> list[str]:
         """Those for rows and columns, and for the whole."""

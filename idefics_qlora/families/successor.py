@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from idefics_qlora.families.family import Family, Model
+from idefics_qlora.families.family import Family, Model, Processor
 from idefics_qlora.families.patches import patches_of, place_exactly
 
 if TYPE_CHECKING:
@@ -32,6 +32,10 @@ class Successor(Family):
     def mend(self, model: PreTrainedModel) -> None:
         """Patches get the places that the vision tower was trained with."""
         place_exactly(model.model.vision_model.embeddings)
+
+    def set_image_splitting(self, processor: Processor, splits: bool) -> None:
+        """Let a processor cut pictures into tiles, or leave them whole."""
+        processor.image_processor.do_image_splitting = splits
 
     def num_embeddings(self, model: Model) -> int:
         """Token ids that a model can embed."""

@@ -157,6 +157,7 @@ class TiledReader(Reader):
             processor, self.image_token, self.control_tokens, self.end_tokens
         )
         self.images = processor.image_processor
+        self.splits = bool(self.images.do_image_splitting)
         self._token_ids: dict[Grid, list[int]] = {}
         scale = 1 / self.images.rescale_factor
         self.pixel_mean = torch.tensor(self.images.image_mean) * scale

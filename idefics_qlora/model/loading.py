@@ -48,7 +48,7 @@ from idefics_qlora.checkpoint import (
 from idefics_qlora.config import check_choice
 from idefics_qlora.data.templates import remember
 from idefics_qlora.durable import CheckpointError
-from idefics_qlora.families import family_of_config
+from idefics_qlora.families import family_of_config, read_as_trained, read_pictures
 from idefics_qlora.families.family import Processor
 from idefics_qlora.model.adapters import attach, load_adapter
 from idefics_qlora.model.base import base_fingerprint, same_base, wrong_shape
@@ -84,6 +84,7 @@ def load_model(
     device: str | torch.device | None = None,
     revision: str | None = None,
     longest_edge: int | None = None,
+    image_splitting: bool | None = None,
 ) -> tuple[PreTrainedModel, Processor]:
     """Load an IDEFICS, Idefics2, Idefics3 or SmolVLM base, in 4 bits by default, and its processor.
 
@@ -109,6 +110,8 @@ def load_model(
             an example costs; ``preview_batch`` shows them. The size of one tile for the fewest. Of
             Idefics2 only larger pictures are resized, and it decides the size of tiles alone.
             ``None``: the base's own. ``load_finetuned`` takes it from the checkpoint.
+        image_splitting: ``False`` leaves pictures of these families whole: one tile each, on which
+            nothing small can be read. Otherwise as ``longest_edge``.
 
     Returns:
         The frozen model in evaluation mode, and its processor.
@@ -193,16 +196,13 @@ def load_model(
     if device.type == "cpu":
         prepare_for_cpu(model)
     processor = AutoProcessor.from_pretrained(name, revision=revision)
-    if longest_edge is not None:
-        family.set_longest_edge(processor, longest_edge)
+    pictures = read_pictures(family, processor, longest_edge, image_splitting)
     # What adapters record: a saved base is a copy of that on the Hub.
     origin = origin or Origin(name, revision)
     model.name_or_path = model.config.name_or_path = origin.name or name
     model.base_revision = origin.revision if is_hub_id(model.name_or_path) else None
     remember(shared_templates(name, revision), model, processor)
-    model.loaded_with = {"quantize": quantize, "base_weights": base_weights}
-    if longest_edge is not None:
-        model.loaded_with["longest_edge"] = longest_edge
+    model.loaded_with = {"quantize": quantize, "base_weights": base_weights, **pictures}
     return model.eval(), processor
 
 
@@ -291,11 +291,8 @@ def load_finetuned(
     model, processor = load_model(adapter.base, **load_options)
     if state is not None:
         adapter.check_base(base_fingerprint(model))
-    side = None if state is None else state.get("image_side")
     family = family_of_config(model.config)
-    if "longest_edge" not in load_options and side not in (None, family.reader(processor).side):
-        family.set_longest_edge(processor, side)  # as it was trained
-        model.loaded_with["longest_edge"] = side
+    model.loaded_with |= read_as_trained(family, processor, state, load_options)
     # peft would warn that it is called otherwise now.
     config.base_model_name_or_path = config.revision = None
     peft_model = attach(model, config)

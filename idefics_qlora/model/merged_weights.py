@@ -33,7 +33,7 @@ from idefics_qlora.durable import (
     tensor_file,
     write_synced,
 )
-from idefics_qlora.families import family_of_config
+from idefics_qlora.families import family_of_config, read_as_trained
 from idefics_qlora.model.adapters import attach, check_start, load_adapter
 from idefics_qlora.model.base import fingerprint
 from idefics_qlora.model.loading import Adapter, load_config
@@ -285,13 +285,11 @@ class MergedWeights:
         else:
             generation = GenerationConfig.from_model_config(config)
         processor = AutoProcessor.from_pretrained(files.folder)
-        side = None if state is None else state.get("image_side")
         family = family_of_config(config)
         reader = family.reader(processor)
         _end_as_learnt(generation, reader.tokenizer.convert_tokens_to_ids([*reader.end_tokens]))
         generation.save_pretrained(folder)
-        if side not in (None, reader.side):
-            family.set_longest_edge(processor, side)  # as it was trained
+        read_as_trained(family, processor, state)
         processor.save_pretrained(folder)
 
     def tensor(self, name: str) -> Tensor:

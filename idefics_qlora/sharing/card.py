@@ -60,6 +60,8 @@ class Facts:
     """Of the base."""
     image_side: int | None = None
     """Pixels, as the model was trained."""
+    image_splitting: bool | None = None
+    """Whether pictures were cut into tiles."""
     templates: dict[str, str] | None = None
     """What it was asked in training, as ``data/templates.py`` has it, if that is known."""
 
@@ -120,6 +122,7 @@ def facts_of(
             gpus=sorted({gpu["name"] for gpu in state["environment"].get("gpus", ())}),
             fingerprint=state["base"],
             image_side=state.get("image_side"),
+            image_splitting=state.get("image_splitting"),
             templates=known(state.get("templates")),
         )
     return dataclasses.replace(facts, **more)

@@ -114,7 +114,8 @@ def check_inputs(
         "train_rows": fingerprint,
         "eval_rows": None,
         "draft": access.draft,
-        "image_side": collator.reader.side,
+        "image_side": collator.reader.longest_edge,
+        "image_splitting": collator.reader.splits,
         "templates": templates_of(to_example),
     }
     if to_example in (None, pokemon_card_example) and train_seen.ask_default:

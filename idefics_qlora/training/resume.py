@@ -189,9 +189,10 @@ def differences(state: TrainState, snapshot: Snapshot) -> list[str]:
     draft = origin.get("draft", False)  # 0.1 had none
     if draft != state.origin["draft"]:
         problems.append(f"ImageAccess.draft: {draft} there, {state.origin['draft']} here")
-    here = state.origin["image_side"]
-    if (side := origin.get("image_side", here)) != here:  # 0.1 had none
-        problems.append(f"load_model(longest_edge=...): {side} there, {here} here")
+    for name, setting in (("image_side", "longest_edge"), ("image_splitting", "image_splitting")):
+        here = state.origin[name]
+        if (there := origin.get(name, here)) != here:  # 0.1 had none
+            problems.append(f"load_model({setting}=...): {there} there, {here} here")
     there, here = origin["train_rows"], state.origin["train_rows"]
     if not here.fits(there):
         what = f"{there['number']} rows there, {here.number} here"
