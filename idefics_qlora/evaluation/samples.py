@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from idefics_qlora.data.batches import Collator
@@ -18,6 +19,8 @@ from idefics_qlora.images.cropping import write_png
 from idefics_qlora.progress import counting
 
 MAX_NEW_TOKENS = 64
+SIDE = 320
+"""Pixels of the longer side of a picture that is kept for people, at most."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Sample:
     example: Example
     pixels: list[Tensor]
     """Its images as the model sees them, (3, H, W) uint8."""
+    pictures: list[Image.Image]
+    """Its images as the row has them, made small."""
 
 
 def read_samples(reader: RowReader, indices: Iterable[int], number: int) -> list[Sample]:
@@ -46,11 +51,21 @@ def read_samples(reader: RowReader, indices: Iterable[int], number: int) -> list
             break
         try:
             example = reader.example(reader.row(index))
-            pixels = reader.collator.pixels(example.prompt)
+            pictures = reader.collator.pictures(example.prompt)
+            pixels = reader.collator.squares(pictures, None)
         except Exception:
             continue
-        samples.append(Sample(index, f"{reader.name}[{index}]", example, pixels))
+        samples.append(
+            Sample(index, f"{reader.name}[{index}]", example, pixels, [*map(_small, pictures)])
+        )
     return samples
+
+
+def _small(picture: Image.Image) -> Image.Image:
+    """A copy for people to look at, undistorted."""
+    scale = min(1.0, SIDE / max(picture.size))
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def captions(

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,8 @@ def _charts(runs: Sequence[tuple[str, RunFolder]]) -> list[Chart]:
         curves = [
             _curve(log, key, name if len(runs) == 1 else f"{label}, {name}", most, *look)
             for n, (label, log) in enumerate(records)
-            for m, (key, name) in enumerate(keys.items())
+            for m, (key, plain) in enumerate(keys.items())
+            for name in [plain + (_of_steps(log) if key == "loss" else "")]
             for look in [(m, m) if len(runs) == 1 else (n, m + n // COLOURS)]
         ]
         charts.append(Chart(title, unit, curves, title.startswith(("Loss", "Gradient"))))
@@ -176,6 +177,13 @@ def _curve(
     points = [(step, n) for step, value in pairs if (n := number(value)) is not None]
     gaps = [step for step, value in pairs if number(value) is None]
     return Curve(name, thinned(points, most), colour % COLOURS, dash % 4, gaps)
+
+
+def _of_steps(log: Sequence[Mapping[str, Any]]) -> str:
+    """Of how many steps a record's training loss is the mean, as words; of one none."""
+    steps = [0, *(record["step"] for record in log if "loss" in record)]
+    most = max((b - a for a, b in pairwise(steps)), default=1)
+    return f" (mean of {most} steps)" if most > 1 else ""
 
 
 def _title(metric: str) -> str:

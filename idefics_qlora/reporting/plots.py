@@ -11,6 +11,9 @@ WIDTH, HEIGHT = 360, 232
 LEFT, RIGHT, TOP, BOTTOM = 62, 350, 12, 196
 """The plot in the picture."""
 
+FEW = 5
+"""Points of a curve that are drawn large: they are more than the lines between them."""
+
 Point = tuple[int, float]
 """A step and a finite value."""
 
@@ -86,8 +89,8 @@ def drawn(chart: Chart) -> dict[str, Any] | None:
     else:
         marks = ticks(low, high)
         bottom, top = marks[0], marks[-1]
-    first, last = min(steps), max(steps)
-    marks_x = [t for t in ticks(first, last, 6) if first <= t <= last and t == int(t)]
+    first, last = 0, max(steps)  # a run begins at 0, also one of a single record
+    marks_x = [t for t in ticks(first, last, 6) if t <= last and t == int(t)]
 
     def x(step: float) -> float:
         return round(LEFT + (step - first) / max(1, last - first) * (RIGHT - LEFT), 1)
@@ -111,6 +114,10 @@ def drawn(chart: Chart) -> dict[str, Any] | None:
                 "line": " ".join(f"{x(step)},{y(value)}" for step, value in curve.points),
                 "dots": [(x(step), y(value)) for step, value in curve.points]
                 if len(curve.points) <= 30
+                else [],
+                "radius": 4 if len(curve.points) <= FEW else 2.2,
+                "values": [(x(step), y(value), shown(value)) for step, value in curve.points]
+                if len(curve.points) == 1  # which is no curve yet
                 else [],
                 "data": [[step, x(step), y(value), shown(value)] for step, value in curve.points],
                 "gaps": _some(curve.gaps),

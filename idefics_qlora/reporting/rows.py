@@ -132,6 +132,7 @@ def _entry(raw: Mapping[str, Any]) -> dict[str, Any] | None:
         "row": str(raw.get("row")),
         "images": _list(raw.get("images"))[:MOST_IMAGES],
         "more_images": int(number(raw.get("more_images")) or 0),
+        "seen": _sizes(raw.get("seen")),
         "prompt": str(raw.get("prompt") or ""),
         "right": texts,
         "base": raw.get("base") if isinstance(raw.get("base"), str) else None,
@@ -152,7 +153,24 @@ def _shown(entry: Mapping[str, Any], run: RunFolder, pictures: Pictures) -> dict
         "right": [_cut(text) for text in entry["right"][:5]],
         "images": [pictures.of(run.path, name) for name in entry["images"]],
         "more_images": entry["more_images"],
+        "as_seen": _as_seen(entry),
     }
+
+
+def _sizes(value: Any) -> list[str]:
+    """Widths and heights as text; empty if they were not kept."""
+    pairs = [pair for pair in _list(value) if isinstance(pair, list) and len(pair) == 2]
+    texts = ((str(number(side)).removesuffix(".0") for side in pair) for pair in pairs)
+    return [" \N{MULTIPLICATION SIGN} ".join(sides) for sides in texts]
+
+
+def _as_seen(entry: Mapping[str, Any]) -> str:
+    """Whether the pictures are those of the row, or what the model sees; empty without any."""
+    if not entry["images"]:
+        return ""
+    if not entry["seen"]:
+        return "as the model sees it"
+    return f"the model sees {', '.join(dict.fromkeys(entry['seen']))} pixels"
 
 
 def _said(entry: Mapping[str, Any], run: RunFolder) -> list[tuple[str, str]]:

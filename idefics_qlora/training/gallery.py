@@ -1,5 +1,8 @@
 """What the report shows of held-out rows and no other file has: pictures, losses, captions.
 
+Pictures are kept as the rows have them, for people would take those that a model sees, squeezed
+into squares, for damaged ones; beside each is the size in which the model sees it, ``seen``.
+
 Everything is in the folder ``gallery`` of the run. It follows from the run's state alone: a run
 that was killed and went on ends with the same as one that was not.
 """
@@ -17,7 +20,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from idefics_qlora.data.checks import items_of
 from idefics_qlora.data.example import PromptItem, Turn
@@ -34,8 +36,6 @@ FEWEST, MOST = 4, 12
 """Rows shown, whatever ``eval_samples`` is; fewer only if there are no more."""
 HIGHEST = 6
 """Rows of the highest loss that are shown."""
-SIDE = 320
-"""Pixels of the longer side of a picture at most."""
 MOST_IMAGES = 4
 """Pictures of a row at most."""
 _PICTURE = re.compile(r"\.?row-\d+-image-\d\.webp(\.incomplete)?")
@@ -149,16 +149,17 @@ class Gallery:
         (self._folder / GALLERY).mkdir(parents=True, exist_ok=True)
         entries = {}
         for row in rows:
-            images = row.pixels[:MOST_IMAGES]
+            images = row.pictures[:MOST_IMAGES]
             files = [f"{GALLERY}/row-{row.index}-image-{n}.webp" for n in range(len(images))]
-            for file, pixels in zip(files, images, strict=True):
+            for file, picture in zip(files, images, strict=True):
                 if not (self._folder / file).exists():
-                    write_whole(self._folder / file, webp(pixels))
+                    write_whole(self._folder / file, webp(picture))
             entries[row.index] = {
                 "row": row.name,
                 "index": row.index,
                 "images": files,
                 "more_images": len(row.pixels) - len(images),
+                "seen": [[p.shape[2], p.shape[1]] for p in row.pixels[:MOST_IMAGES]],
                 "prompt": "\n".join(i for i in items_of(row.example.prompt) if isinstance(i, str)),
                 **_asked(row.example.prompt),
                 "right": [*(row.example.references or (row.example.completion,))],
@@ -195,12 +196,10 @@ class Gallery:
             )
 
 
-def webp(pixels: Tensor) -> bytes:
-    """A small picture of (3, H, W) uint8."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    image.thumbnail((SIDE, SIDE))
+def webp(picture: Image.Image) -> bytes:
+    """A picture as a small file."""
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=80)
+    picture.save(buffer, "WEBP", quality=80)
     return buffer.getvalue()
 
 

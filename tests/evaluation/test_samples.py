@@ -6,11 +6,14 @@ from functools import partial
 import helpers
 import torch
 from helpers import every_family
+from PIL import Image
 
 import idefics_qlora as iq
 from idefics_qlora.checkpoint import load_checkpoint
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.captions import pokemon_card_example
+from idefics_qlora.data.rows import RowReader
+from idefics_qlora.evaluation.samples import read_samples
 from idefics_qlora.model.adapters import trainable_parameters
 
 config_of = partial(helpers.config_of, max_steps=2, global_batch_size=4)
@@ -38,6 +41,15 @@ def test_samples_are_captioned_at_every_evaluation(lora, processor, cards, tmp_p
             assert iq.images.open_image(tmp_path / file).size == (seen.shape[2], seen.shape[1])
     saved = load_checkpoint(tmp_path / "checkpoint-2").state["log_history"]
     assert [r for r in saved if "eval_samples" in r] == records
+
+
+def test_pictures_for_people_are_small_and_undistorted(processor):
+    """Beside what the model sees; a large photograph is made small at once, in its own shape."""
+    images = [Image.new("RGB", size, "red") for size in ((1000, 500), (3, 2000), (20, 30))]
+    example = iq.Example([*images, "What?"], " Red.")
+    (sample,) = read_samples(RowReader([example], "rows", None, Collator(processor)), [0], 1)
+    assert [picture.size for picture in sample.pictures] == [(320, 160), (1, 320), (20, 30)]
+    assert {tuple(pixels.shape) for pixels in sample.pixels} == {(3, 64, 64)}
 
 
 @every_family

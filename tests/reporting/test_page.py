@@ -125,6 +125,20 @@ def test_a_single_run_shows_all_of_it(tmp_path):
     assert "missing: box." in page.text
 
 
+def test_a_short_run_says_of_what_its_points_are(tmp_path):
+    """Of how many steps a training loss is the mean, and in which size the model sees a picture."""
+    log = [record for record in training(20) if record["step"] % 10 == 0]
+    seen = entry(0, images=["gallery/a.png"], seen=[[224, 224]])
+    rows = [seen, entry(1, images=["gallery/a.png"]), entry(2, seen="x")]
+    page = page_of(write_run(tmp_path / "run", log, gallery={"step": 20, "rows": rows}))
+    names = [g["data-name"] for g in page.all("g", **{"class": "curve"})]
+    assert names[0] == "training (mean of 10 steps)"
+    assert page.text.count("the model sees 224 \N{MULTIPLICATION SIGN} 224 pixels") == 1
+    assert page.text.count("as the model sees it") == 1  # of runs that kept no others
+    page = page_of(write_run(tmp_path / "one", training(2)[1:]))
+    assert "training (mean of 2 steps)" in page.text  # also where it is the only curve
+
+
 def test_values_that_are_not_finite(tmp_path):
     """NaN and infinite losses and metrics are told, and do not spoil the curves."""
     log = [

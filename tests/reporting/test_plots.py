@@ -70,3 +70,16 @@ def test_points_lie_in_the_plot():
         assert ys.index(min(ys)) == values.index(max(values))
         assert ("logarithmic" in chart["unit"]) == (values[0] >= 1000 or values[-1] > 1e9)
     assert drawn(Chart("t", "u", [Curve("c", [], 0)])) is None
+
+
+def test_short_runs_are_drawn_from_their_beginning():
+    """A single record stands at its step with its value; few points are large; many are a line."""
+    (one,) = drawn(Chart("t", "u", [Curve("c", [(2, 8.4458)], 0)]))["curves"]
+    assert [(x, text) for x, _, text in one["values"]] == [(RIGHT, "8.446")]
+    assert one["dots"][0][0] == RIGHT
+    few = drawn(Chart("t", "u", [Curve("c", [(1, 3.0), (2, 2.0), (4, 1.0)], 0)]))
+    assert [text for _, text in few["along"]] == ["0", "1", "2", "3", "4"]
+    many = drawn(Chart("t", "u", [Curve("c", [(n, 1.0) for n in range(1, 20)], 0)]))
+    assert few["curves"][0]["values"] == many["curves"][0]["values"] == []
+    assert one["radius"] == few["curves"][0]["radius"] > many["curves"][0]["radius"]
+    assert min(x for x, _ in few["curves"][0]["dots"]) == LEFT + (RIGHT - LEFT) / 4

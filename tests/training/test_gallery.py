@@ -59,7 +59,8 @@ def test_four_rows_are_captioned_at_the_end(finished, processor, cards):
         assert row["prompt"] == prompts[0][1]
         assert row["text"].split()[:3] == text.split()[:3]  # more rows stood in its batch
         (picture,) = row["images"]
-        assert iq.images.open_image(folder / picture).size == (64, 64)
+        assert iq.images.open_image(folder / picture).size == card["image"].size  # undistorted
+        assert row["seen"] == [[64, 64]]
 
 
 def test_how_rows_ask_is_kept(lora, processor, cards, tmp_path):
