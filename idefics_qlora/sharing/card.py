@@ -166,7 +166,7 @@ TEMPLATE = """\
 {% else %}\
 A LoRA adapter for {{ base_link }}, fine-tuned on pictures and texts.
 {% endif %}\
-Trained with [idefics_qlora](https://pypi.org/project/idefics_qlora/), the base's weights in 4 bits.
+Trained with `idefics_qlora`, the base's weights in 4 bits.
 
 ## How to load
 
