@@ -3,6 +3,9 @@
 Each gets the numbers of a training record as ``train/...`` and those of an evaluation as
 ``eval/...``, over optimizer steps, and the samples with their pictures. When a run goes on, so do
 its charts. What fails there is told once, and training goes on without it.
+
+Steps between the checkpoint and a kill are drawn twice but in TensorBoard: wandb's ``resume_from``
+rewinds on its server alone, by its own count of steps, and Trackio deletes no point of a run.
 """
 
 from __future__ import annotations
