@@ -15,6 +15,7 @@ import glob
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -143,6 +144,9 @@ def _train(arguments: list[str]) -> int:
             with wrong():
                 raise
         raise
+    if config.progress != "none":
+        folder = shlex.quote(os.fspath(config.output_dir))
+        print(f"on the command line: {PROG} generate --adapter {folder} photo.jpg", file=sys.stderr)
     if result.stopped_by not in (None, "early_stopping"):
         return 128 + signal.Signals[result.stopped_by]
     return DONE

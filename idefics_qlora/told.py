@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser, get_loader
 
 from idefics_qlora.config import OTHER_NAMES
+from idefics_qlora.nearby import did_you_mean
 
 COMMAND_LINE = "command line"
 
@@ -143,7 +144,8 @@ def _file(
         text = path.expanduser().read_text(encoding="utf-8-sig")
         root, values = yaml.compose(text, yaml.SafeLoader), get_loader("yaml")(text)
     except OSError as error:
-        problems.append(f"--config {path}: {error.strerror}: expected a YAML file")
+        meant = did_you_mean(path) if isinstance(error, FileNotFoundError) else ""
+        problems.append(f"--config {path}: {error.strerror}{meant}: expected a YAML file")
         return
     except UnicodeError as error:
         problems.append(f"{path}: no text in UTF-8: {error}")

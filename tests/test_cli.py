@@ -286,6 +286,9 @@ def test_train_evaluate_and_generate(here, capsys):
     assert told.out == ""  # what the library shows of a run is all there is
     assert told.err.count(f"the best checkpoint is {Path('run/checkpoint-1')}\n") == 1
     assert told.err.count("checkpoint-1") == 1
+    assert told.err.endswith(
+        "on the command line: idefics-qlora generate --adapter run photo.jpg\n"
+    )
     training, held_out = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
     assert (training["step"], held_out["step"]) == (1, 1)
     lora = json.loads(Path("run/checkpoint-1/adapter_config.json").read_text())

@@ -49,6 +49,9 @@ def test_whatever_reads_a_folder_says_so(here, capsys):
     with pytest.raises(ValueError, match=r"there is no such folder \(did you mean '.*/runs/mine'"):
         iq.report("runs/mien")
     assert cli.main(["generate", "--adapter", "runs/mien", "photo"]) == 2
+    Path("run.yaml").touch()
+    assert cli.main(["generate", "--config", "run.yml", "photo"]) == 2
     told = capsys.readouterr().err
+    assert "--config run.yml: No such file or directory (did you mean 'run.yaml'?): exp" in told
     assert "photo: there is no such file or folder (did you mean 'photos'?)" in told
     assert "adapter='runs/mien': is no folder (did you mean 'runs/mine'?)" in told
