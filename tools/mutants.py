@@ -406,6 +406,56 @@ MUTANTS = (
         "sees = latest_image[:, :, None] >= torch.arange(most_images)",
         "data/test_batches.py",
     ),
+    # What the successors of IDEFICS see.
+    _m(
+        "places of patches depend on the dtype",
+        "families/patches.py",
+        "torch.bucketize(parts, bounds, right=True)",
+        "torch.bucketize(parts.to(pixels.dtype), bounds, right=True)",
+        "families/test_patches.py",
+    ),
+    _m(
+        "a loaded base places patches as transformers does",
+        "families/successor.py",
+        "place_exactly(model.model.vision_model.embeddings)",
+        "model.eval()",
+        "families/test_patches.py",
+    ),
+    _m(
+        "weights of another shape pass",
+        "model/base.py",
+        "if found != expected:",
+        "if found is None:",
+        "families/test_bad_input.py::test_weights_of_another_size",
+    ),
+    _m(
+        "a checkpoint does not know whether pictures were cut",
+        "training/inputs.py",
+        '"image_splitting": collator.reader.splits,',
+        '"image_splitting": True,',
+        "families/test_whole_pictures.py",
+    ),
+    _m(
+        "a batch without a picture has pixels",
+        "families/tiles.py",
+        "if not any(self.grids):",
+        "if not self.grids:",
+        "families/test_tiles.py::test_a_batch_without_pictures_has_no_pixels",
+    ),
+    _m(
+        "pixels of padding are not zero",
+        "families/tiles.py",
+        "pixels * self.is_pixel()[:, :, None]}",
+        "pixels}",
+        "families/test_tiles.py::test_a_batch_without_pictures_has_no_pixels",
+    ),
+    _m(
+        "a processor with another image token passes",
+        "families/idefics3.py",
+        "if image_id != config.image_token_id:",
+        "if image_id is None:",
+        "families/test_bases.py::test_a_processor_of_another_base_is_refused",
+    ),
     # The windows.
     _m(
         "every epoch has the same order",

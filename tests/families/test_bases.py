@@ -117,6 +117,7 @@ def seen_by(base, patches):
     [
         ({"image_seq_len": 9}, "its tiles have 9 tokens, the model's 4"),
         ({"max_image_size": {"longest_edge": 32}}, "its tiles have 32 pixels, the model's 64"),
+        ({"image_token": "<end_of_utterance>"}, r"its image token is \d+, the model's \d+"),
     ],
 )
 def test_a_processor_of_another_base_is_refused(successor, processor, examples, change, reason):
