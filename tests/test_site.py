@@ -201,7 +201,7 @@ def test_the_pictures_are_drawn_from_a_run(tmp_path):
         kept = (DOCS / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
         assert shown in drawn
         assert shown in kept
-    for name in ("report", "report_phone") if browser.find() else ():
+    for name in ("report", "report_phone", "demo") if browser.find() else ():
         for folder in (tmp_path, DOCS / "pictures"):
             assert 10_000 < (folder / f"{name}.webp").stat().st_size < 200_000
 

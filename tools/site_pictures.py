@@ -5,8 +5,9 @@
 ``terminal.svg`` is what a terminal of 100 columns showed at the end of the run, ``loss.svg`` its
 ``log.jsonl``, ``samples.svg`` its ``samples.jsonl``, and ``preview.svg`` what ``preview_batch``
 prints of a row. ``report.webp`` and ``report_phone.webp`` are its ``report.html`` in a browser, on
-a desktop and, in the dark, on a phone; without a browser they stay as they are. Nothing in them is
-written by hand. Not on Windows, which has no pseudo-terminal.
+a desktop and, in the dark, on a phone, ``demo.webp`` is the page of ``idefics-qlora demo``; without
+a browser they stay as they are. Nothing in them is written by hand. Not on Windows, which has no
+pseudo-terminal.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import pty
 import re
 import struct
+import subprocess
 import sys
 import tempfile
 from fcntl import ioctl
@@ -52,7 +54,11 @@ def main(arguments: list[str] | None = None) -> None:
         shown = in_terminal(folder, options.max_steps)
         records = lines_of(Path(folder) / "runs/cards/log.jsonl")
         samples = samples_over_steps(Path(folder) / "runs/cards")
-        report(Path(folder) / "runs/cards/report.html", options.output)
+        if browser.find() is None:
+            print("no browser: its pictures stay as they are", file=sys.stderr)
+        else:
+            report(Path(folder) / "runs/cards/report.html", options.output)
+            demo(Path(folder) / "runs/cards", options.output)
     pictures = {
         "terminal": terminal(shown),
         "preview": terminal(preview().splitlines()),
@@ -144,9 +150,6 @@ def preview() -> str:
 
 def report(page: Path, output: Path) -> None:
     """The page of the run as a browser shows it."""
-    if browser.find() is None:
-        print("no browser: the pictures of the report stay as they are", file=sys.stderr)
-        return
     with browser.Browser() as opened:
         opened.open(page)
         opened.evaluate("document.querySelector('.plot').focus()")
@@ -158,6 +161,26 @@ def report(page: Path, output: Path) -> None:
             "document.querySelector('#gallery').getBoundingClientRect().top + scrollY"
         )
         opened.picture(output / "report_phone.webp", top=top, height=1000)
+
+
+def demo(folder: Path, output: Path) -> None:
+    """A held-out row of the run, asked on the page that serves it."""
+    command = [sys.executable, "-m", "idefics_qlora", "demo", str(folder), "--port", "0"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as server:
+        assert server.stdout is not None
+        try:
+            address = server.stdout.readline().split()[0]
+            with browser.Browser() as opened:
+                opened.open(address)
+                opened.wait_for("document.querySelector('#rows img')")
+                opened.click("#rows td")
+                opened.wait_for("document.querySelector('#pictures img')?.naturalWidth")
+                opened.click("#ask")
+                opened.wait_for("document.querySelector('#adapter textarea').value")
+                opened.picture(output / "demo.webp")
+        finally:
+            server.terminate()
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

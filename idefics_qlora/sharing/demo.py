@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import socket
+import sys
 import tempfile
 import threading
 import webbrowser
@@ -24,6 +26,7 @@ import torch
 
 from idefics_qlora.config import check_whole
 from idefics_qlora.data.templates import trained_captions
+from idefics_qlora.images.access import DEFAULT_ACCESS
 from idefics_qlora.model.loading import load_finetuned
 from idefics_qlora.sharing.side_by_side import Asked, SideBySide, asked_by
 
@@ -33,8 +36,8 @@ HOST = "127.0.0.1"
 FIRST_PORT, PORTS = 7860, 100
 """Without a port of the user's own, the first of these many that is free is taken."""
 MOST_TOKENS = 500
-_LARGEST_FILE = "200mb"
-"""Of what is dropped; the page says so."""
+_NOTHING = "(nothing)"
+"""Stands for an answer that ends at once."""
 
 
 def demo(
@@ -61,6 +64,7 @@ def demo(
         ValueError: If gradio is not installed, the port is in use, or the checkpoint cannot be
             loaded.
         KeyboardInterrupt: When the process is interrupted, after the server has ended.
+        SystemExit: When it is told to end by SIGTERM.
     """
     check_whole(max_new_tokens=max_new_tokens)
     if max_new_tokens > MOST_TOKENS:
@@ -136,8 +140,8 @@ def _page(pair: SideBySide, asked: Asked, name: str, max_new_tokens: int) -> Any
             question = pair.read(images, text or "", is_dialogue, tokens)
             told = _told(question.notes, right.get(_key(images, text), ""))
             base = pair.base(question, tokens)
-            yield told, base, ""
-            yield told, base, pair.adapter(question, tokens)
+            yield told, base or _NOTHING, ""
+            yield told, base or _NOTHING, pair.adapter(question, tokens) or _NOTHING
         except (ValueError, TypeError, torch.OutOfMemoryError) as error:
             yield _told([str(error)]), "", ""
         except Exception as error:  # of a library; a page that says nothing would be no help
@@ -261,7 +265,7 @@ def _application(page: Any) -> Any:
         footer_links=[],
         run_history=False,
         show_error=True,
-        max_file_size=_LARGEST_FILE,
+        max_file_size=DEFAULT_ACCESS.max_bytes,
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
@@ -282,4 +286,13 @@ def _serve(application: Any, listening: socket.socket, ending: threading.Event) 
 
     # A page that is open holds a connection, which is not waited for.
     config = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)
-    Server(config).run(sockets=[listening])
+    # uvicorn raises the signal again that has ended it: an exception, so that all is tidied up.
+    previous = signal.signal(signal.SIGTERM, _exit)
+    try:
+        Server(config).run(sockets=[listening])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _exit(number: int, _: Any) -> None:
+    sys.exit(128 + number)

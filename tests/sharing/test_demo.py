@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -94,6 +95,17 @@ def test_what_cannot_be_asked_is_told(lora, processor, pictures, tmp_path):
     assert note.startswith("'<image>' is read as letters")
     (note,) = pair.read(pictures, "What is on the picture? " * 4, False, 20).notes
     assert "more than the adapter has learnt from (max_length=20)" in note
+
+
+def test_one_at_a_time(lora, processor, pictures):
+    """The adapter is switched off for the base's answer alone, not for one beside it."""
+    pair = SideBySide(learnt(lora), processor)
+    question = pair.read(pictures, QUESTION, False, 12)
+    expected = [pair.base(question, 12), pair.adapter(question, 12)] * 3
+    assert expected[0] != expected[1]
+    with ThreadPoolExecutor(4) as pool:
+        said = pool.map(lambda ask: ask(question, 12), [pair.base, pair.adapter] * 3)
+        assert [*said] == expected
 
 
 def test_an_answer_can_be_broken_off(lora, processor, pictures):
@@ -220,14 +232,15 @@ def run(loaded, cards, tmp_path_factory):
 
 
 @contextlib.contextmanager
-def demo(run, folder):
-    """The command as a user starts it; its address, its process, and a proxy that nobody asks."""
+def demo(run, folder, *more, **environment):
+    """The command as a user starts it: its address and its process, which asks no proxy, and is
+    told to end."""
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), **environment}
         env |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), address)
         command = [sys.executable, "-m", "idefics_qlora", "demo", str(run), "--port", "0"]
-        command += ["--max_new_tokens", "20", "--device", "cpu"]
+        command += ["--max_new_tokens", "20", "--device", "cpu", *more]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen(command, text=True, env=env, **pipes) as child:
             try:
@@ -235,8 +248,12 @@ def demo(run, folder):
                 line = child.stdout.readline()
                 assert line.startswith("http://127.0.0.1:"), child.stderr.read()
                 yield SimpleNamespace(address=line.split()[0], child=child)
+                was_running = child.poll() is None
+                child.terminate()
+                assert not was_running or child.wait(60) == 128 + signal.SIGTERM
             finally:
                 child.kill()
+        assert [*folder.iterdir()] == []  # what was dropped is gone
         assert select.select([proxy], [], [], 0)[0] == [], "the server asked somebody"
 
 
@@ -376,11 +393,19 @@ def test_a_mistake_is_told_on_the_page(chromium, served, tmp_path, pictures):
 @in_browser
 @pytest.mark.slow
 def test_ctrl_c_ends_it(chromium, run, pictures, tmp_path):
-    """With a page open and an answer being written: 130, no word, and nothing that was dropped is
-    left behind."""
+    """With a page open, as it asked a browser to, and an answer being written: 130, no word, and
+    nothing that was dropped is left behind."""
     folder = tmp_path / "temporary"
     folder.mkdir()
-    with demo(run, folder) as started:
+    os.mkfifo(pipe := tmp_path / "opened")
+    opened = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    opens = tmp_path / "opens.py"
+    opens.write_text(f"import sys; open({str(pipe)!r}, 'w').write(sys.argv[1])")
+    person_opens = {"BROWSER": f"{sys.executable} {opens} %s"}
+    with demo(run, folder, "--open", "true", **person_opens) as started:
+        assert select.select([opened], [], [], 60)[0]
+        assert os.read(opened, 100).decode() == started.address
+        os.close(opened)
         person = Person(chromium, started.address)
         person.drop(pictures[0])
         (dropped,) = folder.rglob("one.png")
