@@ -165,15 +165,9 @@ class Browser:
         self.send("DOM.setFileInputFiles", nodeId=node, files=names)
 
     def click(self, selector: str) -> None:
-        """Click into the middle of an element."""
-        middle = self.evaluate(
-            f"(e => (e.scrollIntoView({{block: 'center'}}), b => [b.left + b.width / 2, "
-            f"b.top + b.height / 2])(e.getBoundingClientRect()))"
-            f"(document.querySelector({json.dumps(selector)}))"
-        )
-        for kind in ("mousePressed", "mouseReleased"):
-            where = {"x": middle[0], "y": middle[1], "button": "left", "clickCount": 1}
-            self.send("Input.dispatchMouseEvent", type=kind, **where)
+        """Click an element once it is there, wherever it has moved to."""
+        self.wait_for(f"document.querySelector({json.dumps(selector)})")
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).click()")
 
     def type(self, selector: str, text: str) -> None:
         """Write a text over what stands in a field."""

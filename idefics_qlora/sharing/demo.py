@@ -79,7 +79,8 @@ def demo(
         # Read when it is imported, and at calls.
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         name = Path(checkpoint).expanduser().absolute().name
-        application = _application(_page(pair, asked, name, max_new_tokens))
+        folders = {str(image.parent) for row in asked.rows for image in row.images}
+        application = _application(_page(pair, asked, name, max_new_tokens), sorted(folders))
         address = f"http://{HOST}:{listening.getsockname()[1]}"
         print(f"{address} shows {name} on this machine alone; Ctrl-C ends it", flush=True)
         if open_browser:
@@ -251,10 +252,13 @@ def _told(lines: list[str], right: str = "") -> str:
     return alert + (f'<p class="right">To be said: {escape(right)}</p>' if right else "")
 
 
-def _application(page: Any) -> Any:
+def _application(page: Any, folders: list[str]) -> Any:
+    """What answers requests; of files it takes those that were dropped, and those in folders."""
     import gradio as gr
     from fastapi import FastAPI
 
+    # Only then it looks whether a file that is asked about was dropped, or any of this machine's.
+    page.has_launched = True
     fonts = ["system-ui", "sans-serif"]
     page.queue(api_open=False)
     return gr.mount_gradio_app(
@@ -262,6 +266,7 @@ def _application(page: Any) -> Any:
         page,
         path="/",
         server_name=HOST,
+        allowed_paths=folders,
         footer_links=[],
         run_history=False,
         show_error=True,

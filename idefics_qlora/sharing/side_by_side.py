@@ -150,6 +150,8 @@ class SideBySide:
         self._collator = Collator(processor, num_embeddings=family_of(model).num_embeddings(model))
         text = model.config.get_text_config()
         self._limit: int | None = getattr(text, "max_position_embeddings", None)
+        # peft leaves these in the base's layers when it switches an adapter off.
+        self._keeps_biases = any(c.bias != "none" for c in model.peft_config.values())
         # Switching the adapter off is a state of the model, which two threads would share.
         self._lock = threading.Lock()
         self.ending = threading.Event()
@@ -183,6 +185,11 @@ class SideBySide:
         if found := self._collator.forged.search(text):
             notes.append(
                 f"{found[0]!r} is read as letters: a picture's place is before the question."
+            )
+        if self._keeps_biases:
+            notes.append(
+                "The adapter has learnt biases too, which cannot be switched off: what the base "
+                "says is not quite what it said before training."
             )
         number = f"{len(images)} picture{'s' * (len(images) > 1)} and the question are"
         number += f" {len(tokens.ids)} tokens"

@@ -13,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import browser
 import pytest
 import torch
 from helpers import config_of, every_family
 from pages import entry, write_run
+from peft import LoraConfig
 from PIL import Image
 
 import idefics_qlora as iq
@@ -95,6 +97,13 @@ def test_what_cannot_be_asked_is_told(lora, processor, pictures, tmp_path):
     assert note.startswith("'<image>' is read as letters")
     (note,) = pair.read(pictures, "What is on the picture? " * 4, False, 20).notes
     assert "more than the adapter has learnt from (max_length=20)" in note
+
+
+def test_a_base_that_is_not_quite_the_base_is_told(base, processor, pictures):
+    """peft cannot switch off biases that were trained."""
+    pair = SideBySide(iq.add_lora(base, LoraConfig(r=8, bias="lora_only")), processor)
+    (note,) = pair.read(pictures, QUESTION, False, 12).notes
+    assert "biases" in note
 
 
 def test_one_at_a_time(lora, processor, pictures):
@@ -296,6 +305,7 @@ class Person:
         chromium.open(address, size)
         chromium.wait_for("document.querySelector('#question textarea')")
         chromium.wait_for("document.querySelector('#pictures input[type=file]')")
+        chromium.wait_for("document.querySelector('#rows img')")
 
     def drop(self, *files):
         shown = self.chromium.evaluate("document.querySelectorAll('#pictures img').length")
@@ -388,6 +398,23 @@ def test_a_mistake_is_told_on_the_page(chromium, served, tmp_path, pictures):
     person = Person(chromium, served)
     person.drop(pictures[0])
     assert len(person.ask()) == 2
+
+
+@pytest.mark.slow
+def test_no_file_of_the_machine_can_be_asked_about(served, pictures):
+    """Who speaks to the server itself cannot have it open what was not dropped."""
+    with urlopen(f"{served}/config") as answer:
+        functions = json.load(answer)["dependencies"]
+    (number,) = (n for n, function in enumerate(functions) if len(function["inputs"]) == 4)
+    picture = {"image": {"path": str(pictures[0]), "meta": {"_type": "gradio.FileData"}}}
+    body = {"data": [[picture], "What?", False, 5], "fn_index": number, "session_hash": "one"}
+    asked = Request(f"{served}/gradio_api/queue/join", json.dumps(body).encode())
+    asked.add_header("Content-Type", "application/json")
+    urlopen(asked).close()
+    with urlopen(f"{served}/gradio_api/queue/data?session_hash=one", timeout=60) as events:
+        told = [json.loads(line[5:]) for line in events if line.startswith(b"data:")]
+    (done,) = (event for event in told if event["msg"] == "process_completed")
+    assert not done["success"], told
 
 
 @in_browser
