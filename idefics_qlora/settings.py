@@ -147,10 +147,11 @@ class Told:
         return {name: value for name, value in values.items() if value is not None}
 
     def _templates_of_run(self) -> dict[str, Any]:
-        """The same of the run that trained the adapter, if that is known."""
-        if (adapter := self.values.get("adapter")) is None:
+        """The same of the run that trained the model, if that is known."""
+        if "adapter" not in self.values:  # a training begins anew
             return {}
-        return known(templates_in(Path(adapter).expanduser())) or {}
+        source = self.values["adapter"] or self.values["model.base"]  # which may be merged
+        return known(templates_in(Path(source).expanduser())) or {} if source else {}
 
     def metrics(self) -> dict[str, Metric]:
         """The metrics that are asked for, by name."""
@@ -172,7 +173,7 @@ class Told:
         templates = self._templates_of_run()
         question = templates.get("question", QUESTION)
         if captions_of(templates) is not None and columns_of("question", question):
-            self.problems.append(f"the question of the adapter's run, {question!r}, {field}")
+            self.problems.append(f"the question of the training, {question!r}, {field}")
         return question_of(templates)
 
     def rows(self, name: str) -> Any:

@@ -513,9 +513,9 @@ def test_the_folder_of_a_run_is_a_configuration(here, capsys):
     templates = {"question": "What {kind} is it?", "answer": " {text}"}
     Path("shared/idefics_qlora.json").write_text(json.dumps({"templates": templates}))
     (problem,) = problems_of(capsys, "generate", "--adapter", "shared", "photos")
-    assert problem.startswith(
-        "the question of the adapter's run, 'What {kind} is it?', has a field"
-    )
+    assert problem.startswith("the question of the training, 'What {kind} is it?', has a field")
+    told = problems_of(capsys, "generate", "--model.base", "shared", "photos")
+    assert problem in told  # as of merged weights
 
 
 def test_the_longest_edge_is_a_setting(here, capsys, bases):
