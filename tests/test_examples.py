@@ -7,6 +7,7 @@ from collections import Counter
 from xml.etree import ElementTree
 
 import classify_cards
+import count_in_pictures
 import pytest
 from pages import Page
 
@@ -85,3 +86,58 @@ def test_class_folders_of_ones_own_are_taken(tmp_path, capsys):
     assert set(scores) == {"right", "exchanged"}
     assert "12 pictures of" in capsys.readouterr().out
     assert not (tmp_path / "run" / "pictures").exists()
+
+
+# --- counting in several pictures -----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_hearts_are_counted_on_every_card(tmp_path, capsys):
+    """The cards' numbers and the one with the most are right; with other cards they are guesses."""
+    run = tmp_path / "run"
+    # Two thirds of the steps: enough for all but the sums.
+    arguments = ["--output-dir", str(run), "--max-steps", "200"]
+    _, scores = count_in_pictures.main(arguments)
+    own, other = scores["own cards"], scores["other cards"]
+    assert own["hearts"] > 0.8
+    assert own["most"] > 0.75
+    assert own["sum"] > 0.2
+    assert other["hearts"] < 0.2  # of 5 x 5 or 5 x 5 x 5
+    assert other["most"] < 0.65  # of two or three cards
+    assert other["sum"] < 0.3
+    assert "with the own cards" in capsys.readouterr().out
+    assert set(pictures_shown(run)) == {2, 3}
+
+
+def test_answers_state_what_is_drawn():
+    """Numbers, sums and the card with the most are those of the cards; none is in both splits."""
+    rows = count_in_pictures.questions(40, seed=3)
+    cards = {c["image"].tobytes(): c["hp"] // 10 for c in iq.tiny.creature_cards(80, seed=3)}
+    for row in rows:
+        hearts = [cards[picture.tobytes()] for picture in row["pictures"]]
+        fields = count_in_pictures.stated(f" {row['answer']}")
+        assert fields["hearts"] == " and ".join(map(str, hearts))
+        if row["question"] == count_in_pictures.QUESTIONS["sum"]:
+            assert fields["sum"] == str(sum(hearts))
+        else:
+            best = count_in_pictures.CARDS.index(fields["most"])
+            assert hearts[best] == max(hearts)
+            assert hearts.count(max(hearts)) == 1
+        assert len(fields) == 2
+        prompt = count_in_pictures.to_example(row).prompt
+        assert [item for item in prompt if not isinstance(item, str)] == row["pictures"]
+    held_out = count_in_pictures.questions(4, seed=3, split="held_out")
+    assert not cards.keys() & {p.tobytes() for row in held_out for p in row["pictures"]}
+    assert count_in_pictures.stated("3 hearts, I think") == {}
+
+
+def test_the_control_gives_each_row_the_cards_of_another():
+    """As many, of another row, every row's used once; question and answer stay."""
+    rows = count_in_pictures.questions(24, seed=1)
+    others = count_in_pictures.exchanged(rows)
+    for row, other in zip(rows, others, strict=True):
+        assert len(other["pictures"]) == len(row["pictures"])
+        assert other["pictures"] != row["pictures"]
+        assert {**other, "pictures": row["pictures"]} == row
+    used = {tuple(picture.tobytes() for picture in other["pictures"]) for other in others}
+    assert len(used) == len(rows)
