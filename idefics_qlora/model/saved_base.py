@@ -54,7 +54,7 @@ class Origin(NamedTuple):
 
 def is_hub_id(name: str) -> bool:
     """Whether a base's name leads to the Hub and not to a folder."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
 
 
 def shared_templates(name: str, revision: str | None) -> Any:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from idefics_qlora.checkpoint import ADAPTER, ADAPTER_CONFIG, CARD, SHARED
 from idefics_qlora.durable import json_bytes, json_mapping, read_whole
 from idefics_qlora.model.loading import read_adapter
+from idefics_qlora.model.saved_base import is_hub_id
 from idefics_qlora.sharing.card import PICTURES, Facts, facts_of, hub_name, model_card
 
 logger = logging.getLogger(__name__)
@@ -78,9 +79,16 @@ class Upload:
         try:
             api.create_repo(self.repo_id, private=self.private)
         except HfHubHTTPError as error:
-            if error.response.status_code != 409:  # it exists
+            # 409: it exists. 403: so it may for a token that may write to it but make none.
+            if (status := error.response.status_code) not in (403, 409):
                 raise
-            if self.private and not api.repo_info(self.repo_id).private:
+            try:
+                there = api.repo_info(self.repo_id)
+            except HfHubHTTPError:
+                if status == 403:
+                    raise error from None
+                raise
+            if self.private and not there.private:
                 raise ValueError(
                     f"{self.repo_id} exists and is public: pass private=False if everybody may see "
                     "this, or choose another name"
@@ -135,7 +143,7 @@ def push(
     needs; of a folder that ``merge`` wrote all of it. The card says what the base is and under
     which licence, which settings were trained with, what the evaluation at that step gave (also in
     the card's metadata) and the model said of the run's samples, with pictures, and how to load it.
-    Nothing that goes there names a folder of this machine.
+    Nothing that goes there names a folder of this machine; hidden files stay here.
 
     Args:
         checkpoint: A run's folder, a ``checkpoint-N`` or any adapter, as in ``load_finetuned``; or
@@ -143,7 +151,7 @@ def push(
         repo_id: Where to, such as ``me/name``; made if it is not there.
         private: Whether only you shall see it.
         dry_run: Upload nothing: only say what would be.
-        base: Hub id of the base, if the adapter was trained on a local folder.
+        base: Hub id of the base, if what was trained was a local folder.
 
     Returns:
         What was uploaded, or would be; ``print`` it.
@@ -178,9 +186,15 @@ def planned(
     card = model_card(facts, repo_id, is_on_hub=True, pictures=PICTURES, license=license)
     files = {CARD: card.encode(), SHARED: json_bytes(vars(facts)), **files}
     for path, content in files.items():
-        if isinstance(content, bytes) and _TOKEN.search(content):
+        if _TOKEN.search(content if isinstance(content, bytes) else _text(content)):
             raise ValueError(f"{path} would hold what looks like an access token of the Hub")
     return Upload(repo_id, private, files, told)
+
+
+def _text(file: Path) -> bytes:
+    """What of a file may be text; nothing of weights and pictures, by its beginning."""
+    with file.open("rb") as opened:
+        return b"" if b"\0" in (start := opened.read(1024)) else start + opened.read()
 
 
 Files = dict[str, "bytes | Path"]
@@ -188,12 +202,18 @@ Files = dict[str, "bytes | Path"]
 
 def _of_merged(folder: Path, base: str | None) -> tuple[Facts, Files]:
     facts = _shared(folder)
+    if base is not None and not is_hub_id(base):  # as a name it would tell of this machine
+        raise ValueError(f"base={base!r}: expected the Hub id that the card names, its/hub-id")
+    if base not in (None, facts.base):
+        facts = dataclasses.replace(facts, base=base, base_revision=None)
+    inside = ((path, path.relative_to(folder)) for path in sorted(folder.rglob("*")))
     files: Files = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (CARD, SHARED) and not path.name.startswith(".")
+        name.as_posix(): path
+        for path, name in inside
+        if path.is_file() and not any(part.startswith(".") for part in name.parts)
+        if name.as_posix() not in (CARD, SHARED)
     }
-    return facts if base is None else dataclasses.replace(facts, base=base), files
+    return facts, files
 
 
 def _of_adapter(folder: Path, base: str | None) -> tuple[Facts, Files]:

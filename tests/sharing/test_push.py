@@ -212,7 +212,40 @@ def test_a_merged_folder_arrives_whole(hub, run, tmp_path):
     assert card.data.library_name == "transformers"
     assert card.data.eval_results
     assert card.text.count("](samples/row-") == 2
-    assert not any(str(tmp_path) in c.decode(errors="ignore") for c in repo["files"].values())
+    for content in repo["files"].values():  # neither the run's folder nor the base's
+        assert not re.search(rf"{tmp_path}|{iq.tiny.BASE}", content.decode(errors="ignore"))
+
+
+def test_what_is_hidden_in_a_merged_folder_stays(hub, run, tmp_path):
+    """What other programs keep beside the weights, such as git with the token of an address."""
+    merged = tmp_path / "merged"
+    iq.merge(run, merged, verify=False)
+    for name in (".git/config", ".cache/huggingface/x.lock", "samples/.DS_Store", ".env"):
+        (merged / name).parent.mkdir(parents=True, exist_ok=True)
+        (merged / name).write_text(f"url = https://me:{TOKEN}@huggingface.co/{ME}")
+    iq.push(merged, ME, base="someone/base")
+    files = hub.repos[ME]["files"]
+    assert "model.safetensors" in files
+    assert [name for name in files if "/." in f"/{name}"] == []
+    (merged / "notes.txt").write_text("x" * 2000 + f" login with {TOKEN}")
+    with pytest.raises(ValueError, match="notes.txt would hold what looks like an access token"):
+        iq.push(merged, ME, base="someone/base")
+
+
+def test_a_merged_models_base_is_named_as_the_hub_does(run, tmp_path):
+    """A folder given for it would stand in the public card; of another base no revision is known."""
+    folder = tmp_path / "merged"
+    iq.merge(run, folder, verify=False)
+    for path in (iq.tiny.BASE, "~/base", "./base", r"C:\base", "base"):
+        with pytest.raises(ValueError, match="expected the Hub id that the card names"):
+            iq.push(folder, ME, base=str(path), dry_run=True)
+    shared = json.loads((folder / "idefics_qlora.json").read_text())
+    shared |= {"base": "someone/base", "base_revision": "v2"}
+    (folder / "idefics_qlora.json").write_text(json.dumps(shared))
+    for base, revision in ((None, "v2"), ("someone/base", "v2"), ("someone/other", None)):
+        upload = iq.push(folder, ME, base=base, dry_run=True)
+        assert json.loads(upload.files["idefics_qlora.json"])["base_revision"] == revision
+        assert ("(revision `v2`)" in texts_of(upload)["README.md"]) == (revision is not None)
 
 
 def test_a_base_without_a_name_is_asked_for(hub, run):
@@ -226,7 +259,8 @@ def test_a_base_without_a_name_is_asked_for(hub, run):
 def test_a_base_of_the_cache_is_known_by_its_name(path):
     """Where the Hub's cache lies says what it is."""
     assert hub_name(path)[0] == "me/b"
-    assert hub_name("/data/me/b") == (None, None)
+    for path in ("/data/me/b", "./b", "../b", "~/b"):
+        assert hub_name(path) == (None, None)
 
 
 FAULTS = [
@@ -284,6 +318,20 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, run):
     assert hub.repos[ME]["files"] == {}
     iq.push(run, ME, base="someone/base", private=False)
     assert hub.repos[ME]["files"]
+
+
+def test_a_token_that_may_only_write_is_enough(hub, run):
+    """Of a repository that is there already, one need not be allowed to make others."""
+    hub.faults["POST /api/repos/create"] = [403] * 3
+    hub.repos[ME] = {"private": True, "files": {}}
+    iq.push(run, ME, base="someone/base")
+    assert len(hub.repos[ME]["files"]) == 6
+    hub.repos[ME] = {"private": False, "files": {}}
+    with pytest.raises(ValueError, match="exists and is public: pass private=False"):
+        iq.push(run, ME, base="someone/base")
+    del hub.repos[ME]
+    with pytest.raises(PermissionError, match="may not write to me/cards"):
+        iq.push(run, ME, base="someone/base")
 
 
 def test_without_a_token_it_says_so(hub, run, monkeypatch, tmp_path):
