@@ -43,6 +43,9 @@ from idefics_qlora.progress import counting
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 GENERATION = "generation_config.json"
+LEAST_KEPT = 0.5
+"""Of what an adapter adds to the weights: a merge with less, or as many times more, is not the
+adapter any more. Weights near 0 change in any dtype, so that something differs says little."""
 NEEDED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 """Files of a base on the Hub."""
 
@@ -127,6 +130,10 @@ class MergedWeights:
     files: BaseFiles
     num_changed: int = field(default=0, init=False)
     """Tensors that were written and differ from the base's."""
+    _learnt: float = field(default=0.0, init=False)
+    _kept: float = field(default=0.0, init=False)
+    """Of what the adapter adds to weights its product with itself, and with what it adds to them
+    after rounding."""
 
     def __post_init__(self) -> None:
         config = self.adapter.config
@@ -169,6 +176,12 @@ class MergedWeights:
         return self._whole.keys() | {
             name for name, (_, layer) in self._layer_of.items() if name in self.files.kinds
         }
+
+    @property
+    def kept(self) -> float:
+        """Share of what the adapter adds to the weights that is in them after rounding: about 1; 0
+        where each is rounded to what it was; more where small changes tip large roundings."""
+        return self._kept / self._learnt if self._learnt else 0.0
 
     def _check_files(self, named: dict[str, Any]) -> None:
         """See that the base's files have every parameter, one name of those that are tied."""
@@ -226,7 +239,8 @@ class MergedWeights:
             dtype: Of all floating-point weights.
 
         Raises:
-            ValueError: If nothing differs from the base, or a value is too large for the dtype.
+            ValueError: If nothing differs from the base, or little of what the adapter has learnt,
+                or a value is too large for the dtype.
         """
         files = self.files
         shards = defaultdict[str, list[str]](list)
@@ -253,6 +267,12 @@ class MergedWeights:
                 "adapter has learnt nothing, or less than this dtype can tell; evaluate it, or "
                 "take a wider dtype"
             )
+        if not LEAST_KEPT <= self.kept <= 1 / LEAST_KEPT:
+            raise ValueError(
+                f"merged in {dtype}, {self.adapter.folder} adds {self.kept:.0%} of what it has "
+                "learnt to the weights: that is less than this dtype can tell beside them; take a "
+                "wider dtype, such as torch.float32, or share the adapter as it is"
+            )
         if len(shards) > 1:
             size = sum((folder / name).stat().st_size for name in shards)
             index = {"metadata": {"total_size": size}, "weight_map": dict(files.file_of)}
@@ -270,7 +290,11 @@ class MergedWeights:
                 "torch.bfloat16 or torch.float32"
             )
         if name in self._whole or name in self._layer_of:
-            self.num_changed += not torch.equal(result, self.files.tensor(name).to(dtype))
+            base = self.files.tensor(name)
+            self.num_changed += not torch.equal(result, base.to(dtype))
+            added = (value.float() - base.float()).flatten()
+            self._learnt += float(added @ added)
+            self._kept += float(added @ (result.float() - base.to(dtype).float()).flatten())
         return result
 
     def _write_rest(self, folder: Path, dtype: torch.dtype) -> None:

@@ -96,13 +96,15 @@ class Merged:
     """Tensors that differ from the base's."""
     num_adapted: int
     """Tensors in which the adapter has part."""
+    kept: float
+    """Share of what the adapter adds to the weights that is in them after rounding."""
     proof: Proof | None
     """``None`` without ``verify``."""
 
     def __str__(self) -> str:
         told = (
             f"{self.folder}: {self.dtype}, {self.num_changed} of {self.num_adapted} adapted "
-            "tensors differ from the base"
+            f"tensors differ from the base, by {self.kept:.1%} of what the adapter adds"
         )
         return told if self.proof is None else f"{told}\n{self.proof}"
 
@@ -127,7 +129,7 @@ def merge(
         checkpoint: As in ``load_finetuned``.
         output: Folder to be made.
         dtype: Of the weights; by default that of the base's files. bf16 keeps 8 bits of each number
-            and may lose what an adapter has learnt little of: the proof tells.
+            and may lose what an adapter has learnt little of: ``kept`` tells.
         base: Hub id or folder of the base in 16 (or 32) bits, if it is no longer where the adapter
             says, or that is in 4 bits.
         verify: Compare logits and texts with those of the adapter on the same base and on the base
@@ -144,8 +146,9 @@ def merge(
         OSError: If the folder cannot be written; nothing is left behind.
         CheckpointError: If a file is truncated or altered (a ``ValueError``).
         ValueError: If the base is in 4 bits, or another than that of the adapter; if something
-            cannot be merged (the message names it) or the merged weights are the base's own; if
-            the merged model does not do what the adapter does.
+            cannot be merged (the message names it); if the merged weights are the base's own, or
+            rounding takes most of what the adapter adds to them; if the merged model does not do
+            what the adapter does.
     """
     target = Path(os.path.abspath(os.path.expanduser(output)))
     check_is_free(target)
@@ -159,7 +162,7 @@ def merge(
     with whole_folder(target) as temporary:
         weights.write(temporary, dtype)
         _describe(adapter, temporary, dtype)
-        changed, adapted = weights.num_changed, len(weights.adapted)
+        changed = weights.num_changed, len(weights.adapted), weights.kept
         proof = None
         if verify:
             del weights
@@ -171,7 +174,7 @@ def merge(
                     f"are {proof.rounding:.1%} apart, where rounding to {dtype} explains "
                     f"{ROUNDING[dtype]:.1%}; nothing was written"
                 )
-    return Merged(target, dtype, changed, adapted, proof)
+    return Merged(target, dtype, *changed, proof)
 
 
 def _describe(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:

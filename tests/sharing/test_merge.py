@@ -157,6 +157,30 @@ def test_a_merge_that_equals_the_base_is_an_error(lora, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["adapter"]
 
 
+@pytest.mark.parametrize(
+    ("learnt", "dtype", "told"),
+    [
+        (0.0, torch.bfloat16, "the base's own weights in torch.bfloat16"),
+        (1e-9, torch.float16, "the base's own weights in torch.float16"),
+        (1e-4, torch.float16, r"adds \d% of what it has learnt"),
+        (1e-4, torch.bfloat16, r"adds \d\d\d+% of what it has learnt"),
+    ],
+)
+def test_what_a_dtype_cannot_hold_is_an_error(learnt, dtype, told, adapter, tmp_path):
+    """What an adapter has learnt little of is rounded away, but for weights near 0, or tips
+    roundings that are larger than it: that does not pass for merged, and in fp32 it is."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    small = {n: t * learnt if "lora_B" in n else t for n, t in tensors.items()}
+    save_file(small, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=told):
+        iq.merge(adapter, tmp_path / "out", dtype=dtype, device="cpu")
+    assert not list(tmp_path.glob("*out*"))
+    if learnt:
+        merged = iq.merge(adapter, tmp_path / "out", dtype=torch.float32, device="cpu")
+        assert merged.kept == pytest.approx(1)
+        assert f"by {merged.kept:.1%} of what the adapter adds" in str(merged)
+
+
 def test_never_into_4_bits(adapter, base, processor, tmp_path):
     """A base that was saved in 4 bits says which one to pass instead."""
     base.name_or_path, base.base_revision = "someone/base", None
