@@ -33,8 +33,9 @@ from idefics_qlora.evaluation.generation import generate
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Model, Processor
 from idefics_qlora.model.adapters import without_adapter
+from idefics_qlora.model.base_files import base_files
 from idefics_qlora.model.loading import Adapter, load_finetuned, load_model, read_adapter
-from idefics_qlora.model.merged_weights import MergedWeights, base_files
+from idefics_qlora.model.merged_weights import MergedWeights
 from idefics_qlora.model.precision import evaluation_mode
 from idefics_qlora.sharing.card import PICTURES, facts_of, hub_name, model_card
 

@@ -1,6 +1,5 @@
 """Sharing: what goes to the Hub, what its card says, and what a fault tells to do."""
 
-import copy
 import json
 import logging
 import os
@@ -11,63 +10,17 @@ import sys
 
 import huggingface_hub.utils._http as client
 import pytest
-import yaml
 from helpers import config_of
-from hub import SHA, TOKEN, Hub
+from hub import SHA, TOKEN
 from huggingface_hub import ModelCard, constants
 
 import idefics_qlora as iq
 from idefics_qlora import cli
 from idefics_qlora.checkpoint import load_checkpoint
-from idefics_qlora.sharing.card import Facts, hub_name, model_card
 from idefics_qlora.sharing.push import Upload
 
 ME = "me/cards"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """The Hub for the client in this process; it waits for nothing."""
-    server = Hub()
-    for name, value in {
-        "ENDPOINT": server.url,
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", server.url, raising=False)
-    monkeypatch.setattr(
-        constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        server.url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(client.time, "sleep", lambda _: None)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    client.close_session()
-    yield server
-    client.close_session()
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, loaded, cards):
-    """A run with an evaluation, samples and two checkpoints; not to be changed."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    config = config_of(
-        folder,
-        max_steps=2, eval_steps=1, save_steps=1, eval_samples=2, learning_rate=0.01,
-        load_best_model_at_end=True,
-    )  # fmt: skip
-    model = iq.add_lora(copy.deepcopy(loaded[0]))
-    iq.train(model, loaded[1], cards[:8], cards[8:12], config=config)
-    return folder
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """A copy of it."""
-    return shutil.copytree(trained, tmp_path / "run")
 
 
 def texts_of(upload):
@@ -233,7 +186,7 @@ def test_what_is_hidden_in_a_merged_folder_stays(hub, run, tmp_path):
 
 
 def test_a_merged_models_base_is_named_as_the_hub_does(run, tmp_path):
-    """A folder given for it would stand in the public card; of another base no revision is known."""
+    """A folder given for it would stand in the public card; of another base none is known."""
     folder = tmp_path / "merged"
     iq.merge(run, folder, verify=False)
     for path in (iq.tiny.BASE, "~/base", "./base", r"C:\base", "base"):
@@ -253,14 +206,6 @@ def test_a_base_without_a_name_is_asked_for(hub, run):
     with pytest.raises(ValueError, match="which nobody else has: pass base='its/hub-id'"):
         iq.push(run, ME)
     assert hub.requests == []
-
-
-@pytest.mark.parametrize("path", ["/a/models--me--b/snapshots/" + SHA, "me/b"])
-def test_a_base_of_the_cache_is_known_by_its_name(path):
-    """Where the Hub's cache lies says what it is."""
-    assert hub_name(path)[0] == "me/b"
-    for path in ("/data/me/b", "./b", "../b", "~/b"):
-        assert hub_name(path) == (None, None)
 
 
 FAULTS = [
@@ -384,35 +329,6 @@ def test_the_command_line_as_a_user_starts_it(hub, run):
     assert done.returncode == 0, done.stderr
     assert "README.md" in hub.repos[ME]["files"]
     assert TOKEN not in done.stdout + done.stderr
-
-
-def test_each_checkpoint_has_a_card_that_may_be_edited(run):
-    """Written with the rest, known to no manifest: a changed or missing card is no damage."""
-    for number in (1, 2):
-        checkpoint = run / f"checkpoint-{number}"
-        card = ModelCard.load(checkpoint / "README.md")
-        assert card.data.library_name == "peft"
-        assert f"after {number} steps" in card.text
-        assert f'iq.load_finetuned("{checkpoint.name}")' in card.text
-        pictures = re.findall(r"\]\((\.\./eval_samples/[^)]*)\)", card.text)
-        assert len(pictures) == 2
-        assert all((checkpoint / picture).is_file() for picture in pictures)
-        assert not re.search(r"/tmp|idefics_qlora/tiny", card.content)
-    (run / "checkpoint-1" / "README.md").write_text("mine")
-    (run / "checkpoint-2" / "README.md").unlink()
-    assert iq.latest_checkpoint(run).name == "checkpoint-2"
-    load_checkpoint(run / "checkpoint-1")
-
-
-def test_a_card_holds_data_as_data():
-    """A text of the data set makes no table, no picture and no script of the card."""
-    sample = {"row": "r", "images": [], "target": "a | b\n# c", "text": "<script>![x](y)`"}
-    text = model_card(Facts(samples=[sample]), "x", is_on_hub=False, pictures="")
-    assert r"| a \| b # c | &lt;script&gt;!\[x\](y)\` |" in text
-    header = yaml.safe_load(text.split("---\n")[1])
-    assert header["pipeline_tag"] == "image-text-to-text"
-    assert "license" not in header
-    assert "base_model" not in header
 
 
 def test_sizes_are_those_of_the_files(tmp_path):
