@@ -6,9 +6,11 @@ import random
 from collections import Counter
 from xml.etree import ElementTree
 
+import answer_documents
 import classify_cards
 import count_in_pictures
 import pytest
+from helpers import every_family
 from pages import Page
 
 import idefics_qlora as iq
@@ -131,13 +133,75 @@ def test_answers_state_what_is_drawn():
     assert count_in_pictures.stated("3 hearts, I think") == {}
 
 
-def test_the_control_gives_each_row_the_cards_of_another():
+# --- documents ------------------------------------------------------------------------------------
+
+
+@every_family
+def test_questions_about_documents_run_offline(bases, family, tmp_path, capsys):
+    """Rows of two and three drawn pages: previewed, trained on, scored and answered."""
+    result, scores = answer_documents.main(
+        [
+            *("--model", bases(family)[0].name_or_path),
+            *("--output-dir", str(tmp_path / "run")),
+            *("--documents", "6", "--held-out", "2", "--global-batch-size", "4"),
+            *("--max-steps", "2", "--eval-steps", "1"),
+        ]
+    )
+    assert 0 <= result.metrics["eval_anls"] <= 1
+    assert result.best_checkpoint.is_dir()
+    assert set(scores) == {"own pages", "other pages"}
+    printed = capsys.readouterr().out
+    assert "2 images" in printed or "3 images" in printed  # the preview
+    assert printed.index("before:") < printed.index("after:") < printed.index("of one page")
+
+
+@pytest.mark.slow
+def test_documents_are_answered_from_their_pages(tmp_path):
+    """Of each page and of the one; with the pages of other documents the answers are guesses."""
+    run = tmp_path / "run"
+    _, scores = answer_documents.main(["--output-dir", str(run)])
+    own, other = scores["own pages"], scores["other pages"]
+    assert own["each page"] > 0.6
+    assert own["one page"] > 0.6
+    assert other["each page"] < 0.25
+    assert other["one page"] < 0.45
+    held_out = answer_documents.documents(6, seed=1, can_read=False)
+    assert pictures_shown(run) == [len(row["pages"]) for row in held_out]
+
+
+def test_documents_are_asked_about_their_pages():
+    """The same seed gives the same rows; an answer is that of the page, or of each in its order."""
+    rows, again = (answer_documents.documents(20, seed=3) for _ in range(2))
+    assert {len(row["pages"]) for row in rows} == {2, 3}
+    questions = " ".join(row["question"] for row in rows)
+    unread = answer_documents.documents(20, seed=3, can_read=False)
+    assert "delivery" in questions
+    assert "delivery" not in " ".join(row["question"] for row in unread)  # of the embedded base
+    for row, same in zip(rows, again, strict=True):
+        assert row["answer"] == same["answer"]
+        assert [p.tobytes() for p in row["pages"]] == [p.tobytes() for p in same["pages"]]
+        example = answer_documents.to_example(row)
+        assert example.completion == f" {row['answer']}"
+        assert sum(not isinstance(item, str) for item in example.prompt) == len(row["pages"])
+        about_each = "each page" in row["question"]
+        assert len(row["answer"].split(", ")) == (len(row["pages"]) if about_each else 1)
+
+
+# --- the controls ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [answer_documents, count_in_pictures])
+def test_the_control_gives_each_row_the_pictures_of_another(module):
     """As many, of another row, every row's used once; question and answer stay."""
-    rows = count_in_pictures.questions(24, seed=1)
-    others = count_in_pictures.exchanged(rows)
+    name, draw = {
+        answer_documents: ("pages", answer_documents.documents),
+        count_in_pictures: ("pictures", count_in_pictures.questions),
+    }[module]
+    rows = draw(24, seed=1)
+    others = module.exchanged(rows)
     for row, other in zip(rows, others, strict=True):
-        assert len(other["pictures"]) == len(row["pictures"])
-        assert other["pictures"] != row["pictures"]
-        assert {**other, "pictures": row["pictures"]} == row
-    used = {tuple(picture.tobytes() for picture in other["pictures"]) for other in others}
+        assert len(other[name]) == len(row[name])
+        assert other[name] != row[name]
+        assert {**other, name: row[name]} == row
+    used = {tuple(picture.tobytes() for picture in other[name]) for other in others}
     assert len(used) == len(rows)

@@ -6,7 +6,6 @@ import re
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-import answer_documents
 import checkpoint
 import data
 import datasets
@@ -76,36 +75,6 @@ def test_the_tutorial_runs_offline(bases, family, served_cards, tmp_path, capsys
     assert pictures[1] in capsys.readouterr().out
     texts = describe_image.main([pictures[0], "--checkpoint", "tiny", "--max-new-tokens", "5"])
     assert len(texts) == 1
-
-
-@every_family
-def test_questions_about_documents_run_offline(bases, family, tmp_path, capsys):
-    """Rows of two and three drawn pages: previewed, trained on, scored and answered."""
-    result = answer_documents.main(
-        [
-            *("--model", bases(family)[0].name_or_path),
-            *("--output-dir", str(tmp_path / "run")),
-            *("--documents", "6", "--held-out", "2", "--global-batch-size", "4"),
-            *("--max-steps", "2", "--eval-steps", "1"),
-        ]
-    )
-    assert 0 <= result.metrics["eval_anls"] <= 1
-    assert load_file(result.best_checkpoint / "adapter_model.safetensors")
-    printed = capsys.readouterr().out
-    assert re.search(r"row 0: .* [23] images", printed)  # the preview
-    assert printed.index("before:") < printed.index("after:") < printed.index("ANLS")
-
-
-def test_documents_ask_about_one_of_their_pages():
-    """The same seed gives the same rows; an answer depends on the page that is asked about."""
-    rows, again = (answer_documents.documents(20, seed=3) for _ in range(2))
-    assert {len(row["pages"]) for row in rows} == {2, 3}
-    for row, same in zip(rows, again, strict=True):
-        assert row["answer"] == same["answer"]
-        assert [p.tobytes() for p in row["pages"]] == [p.tobytes() for p in same["pages"]]
-        example = answer_documents.to_example(row)
-        assert example.completion == f" {row['answer']}"
-        assert sum(not isinstance(item, str) for item in example.prompt) == len(row["pages"])
 
 
 def test_the_tutorial_opens_public_hosts_only(served_cards, tmp_path):

@@ -33,8 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
         runs = options.runs or Path(temporary)
         run("classify_cards", runs / "kinds")
         shutil.copy(runs / "kinds" / "confusion.svg", options.output)
-        run("count_in_pictures", runs / "counting")
-        rows(runs / "counting" / "report.html", options.output / "counting.webp")
+        shown = {"counting": "count_in_pictures", "documents": "answer_documents"}
+        for name, example in shown.items():
+            run(example, runs / name)
+            rows(runs / name / "report.html", options.output / f"{name}.webp")
 
 
 def run(example: str, folder: Path) -> None:
