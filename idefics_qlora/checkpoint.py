@@ -85,7 +85,7 @@ _MAY_HAVE = {
     **{"run": str, "finished_step": int, "num_told": int, "judged_from": int},
     **{"diverged": (str, NoneType), "draft": bool, "image_side": int},
     "templates": (dict, NoneType),
-    "image_splitting": bool,
+    **{"image_splitting": bool, "quantize": bool},
     "too_large": list,
 }
 """What that of 0.1 does not have."""

@@ -50,7 +50,7 @@ _STEPS = "every so many steps, if there are eval_rows"
 _RESUME = "resume='auto' (the default) goes on, 'never' refuses, a path goes back to it"
 _ALWAYS = "nothing to set: it is done always"
 _FUSED = "fast (the default)"
-_PUSH = "nothing to set: a checkpoint's folder is a peft adapter, to be uploaded as one"
+_PUSH = "nothing to set: iq.push(output_dir, 'me/name') uploads the best adapter with a model card"
 OTHER_NAMES = {
     "per_device_train_batch_size": "micro_batch_size",
     "per_gpu_train_batch_size": "micro_batch_size",

@@ -14,7 +14,8 @@ class Hub:
     """Keeps repositories and large files; answers with what a test puts into ``faults``.
 
     ``faults`` maps a pattern of ``METHOD path`` to a list: of each request that fits, the first
-    element is taken, a status, or ``cut``, which ends the connection before the answer.
+    element is taken: a status, ``None`` for no fault, or ``cut``, which ends the connection before
+    the answer.
     """
 
     def __init__(self):

@@ -225,7 +225,8 @@ STATE_KEYS = (
     "unlogged_steps", "best_metric", "log_history", "first_nonfinite_module", "best_checkpoint",
     "unlogged_loss", "total_steps", "scaler", "optimizer", "config", "base", "train_rows",
     "eval_rows", "environment", "run", "finished_step", "num_told", "draft", "too_large",
-    "judged_from", "diverged", "image_side", "image_splitting",
+    "judged_from", "diverged", "image_side", "image_splitting", "quantize",
+    "templates",
 )  # fmt: skip
 INSIDE = (
     "config precision", "config micro_batch_size", "config seed", "base weights", "base rounding",
@@ -259,7 +260,7 @@ def test_a_state_that_lacks_a_key(train, run, caplog, key):
     alter_state(run / "checkpoint-2", alter)
     of_0_1 = key in (
         *("run", "finished_step", "num_told", "draft", "too_large", "diverged", "judged_from"),
-        *("image_side", "image_splitting"),
+        *("image_side", "image_splitting", "quantize", "templates"),
     )
     if of_0_1:  # which had none of these
         assert train(run, 1).global_step == 2

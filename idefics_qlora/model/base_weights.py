@@ -27,6 +27,12 @@ def linear4bit_layers(model: nn.Module) -> dict[str, Any]:
     return {n: layer for n, layer in model.named_modules() if isinstance(layer, bnb.nn.Linear4bit)}
 
 
+def has_4_bit_values(model: nn.Module) -> bool:
+    """Whether the linear layers' weights were quantised, whether or not they are packed now."""
+    loaded = getattr(model, "loaded_with", {})
+    return bool(loaded.get("quantize")) or bool(linear4bit_layers(model))
+
+
 def check_base_weights(base_weights: str, quantize: bool) -> None:
     """See that there are 4-bit values to dequantise.
 

@@ -62,6 +62,8 @@ class Facts:
     """Pixels, as the model was trained."""
     image_splitting: bool | None = None
     """Whether pictures were cut into tiles."""
+    quantize: bool | None = None
+    """Whether the base had its weights in 4 bits in training, if that is known."""
     templates: dict[str, str] | None = None
     """What it was asked in training, as ``data/templates.py`` has it, if that is known."""
 
@@ -123,6 +125,7 @@ def facts_of(
             fingerprint=state["base"],
             image_side=state.get("image_side"),
             image_splitting=state.get("image_splitting"),
+            quantize=state.get("quantize"),
             templates=known(state.get("templates")),
         )
     return dataclasses.replace(facts, **more)
@@ -166,7 +169,10 @@ TEMPLATE = """\
 {% else %}\
 A LoRA adapter for {{ base_link }}, fine-tuned on pictures and texts.
 {% endif %}\
-Trained with `idefics_qlora`, the base's weights in 4 bits.
+Trained with `idefics_qlora`\
+{% if facts.quantize is not none %}\
+, the base's weights {{ "in 4 bits" if facts.quantize else "not quantised" }}\
+{% endif %}.
 
 ## How to load
 

@@ -256,13 +256,17 @@ def _application(page: Any, folders: list[str]) -> Any:
     """What answers requests; of files it takes those that were dropped, and those in folders."""
     import gradio as gr
     from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    outer = FastAPI(openapi_url=None)
+    # A site whose name is made to lead to this machine could else read along in a browser here.
+    outer.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     # Only then it looks whether a file that is asked about was dropped, or any of this machine's.
     page.has_launched = True
     fonts = ["system-ui", "sans-serif"]
     page.queue(api_open=False)
     return gr.mount_gradio_app(
-        FastAPI(openapi_url=None),
+        outer,
         page,
         path="/",
         server_name=HOST,

@@ -28,6 +28,7 @@ from idefics_qlora.images.access import ImageAccess
 from idefics_qlora.images.kept import kept_pictures
 from idefics_qlora.model.adapters import check_trainable
 from idefics_qlora.model.base import base_fingerprint
+from idefics_qlora.model.base_weights import has_4_bit_values
 from idefics_qlora.model.memory import optimizer_bytes
 from idefics_qlora.notices import Notices
 from idefics_qlora.progress import asked, counting
@@ -116,6 +117,7 @@ def check_inputs(
         "draft": access.draft,
         "image_side": collator.reader.longest_edge,
         "image_splitting": collator.reader.splits,
+        "quantize": has_4_bit_values(model.get_base_model()),
         "templates": templates_of(to_example),
     }
     if to_example in (None, pokemon_card_example) and train_seen.ask_default:

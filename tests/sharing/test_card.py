@@ -4,6 +4,7 @@ import re
 
 import pytest
 import yaml
+from helpers import config_of
 from hub import SHA
 from huggingface_hub import ModelCard
 
@@ -36,6 +37,27 @@ def test_each_checkpoint_has_a_card_that_may_be_edited(run):
     (run / "checkpoint-2" / "README.md").unlink()
     assert iq.latest_checkpoint(run).name == "checkpoint-2"
     load_checkpoint(run / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "the base's weights in 4 bits"),
+        ({"base_weights": "dequantized"}, "the base's weights in 4 bits"),
+        ({"quantize": False}, "the base's weights not quantised"),
+    ],
+)
+def test_a_card_says_whether_the_base_was_quantised(given, told, cards, tmp_path):
+    """As it was loaded for training; of a checkpoint that does not know, nothing is claimed."""
+    model, processor = iq.tiny.load_model(device="cpu", **given)
+    config = config_of(tmp_path / "run", max_steps=1, global_batch_size=2)
+    iq.train(iq.add_lora(model), processor, cards[:2], config=config)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    assert f"Trained with `idefics_qlora`, {told}." in (checkpoint / "README.md").read_text()
+    upload = iq.push(checkpoint, "me/x", base="someone/base", dry_run=True)
+    assert f"Trained with `idefics_qlora`, {told}." in upload.files["README.md"].decode()
+    text = model_card(Facts(), "x", is_on_hub=False, pictures="")
+    assert "Trained with `idefics_qlora`.\n" in text
 
 
 def test_a_card_holds_data_as_data():

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import http.client
 import json
 import os
 import select
@@ -119,6 +120,20 @@ def expected(finetuned, prompt):
         base = iq.generate(*finetuned, [prompt], max_new_tokens=20)
     texts = [*base, *iq.generate(*finetuned, [prompt], max_new_tokens=20)]
     return [text.strip() for text in texts]
+
+
+@pytest.mark.slow
+def test_only_this_machines_names_are_answered(served):
+    """A site elsewhere that makes its name lead here, through somebody's browser, gets nothing."""
+    place = urlsplit(served).netloc
+    port = place.rpartition(":")[2]
+    answers = {}
+    for host in (place, f"localhost:{port}", f"elsewhere.example:{port}", "127.0.0.1.example"):
+        connection = http.client.HTTPConnection(place, timeout=60)
+        connection.request("GET", "/config", headers={"Host": host})
+        answers[host] = connection.getresponse().status
+        connection.close()
+    assert [*answers.values()] == [200, 200, 400, 400]
 
 
 OUTSIDE = ("data:", "blob:")
