@@ -56,6 +56,15 @@ def test_mistakes_are_told_before_a_model_is_loaded(tmp_path, capsys, monkeypatc
     assert told == '  - demo needs the package gradio: pip install "idefics_qlora[demo]"'
 
 
+def test_what_is_told_is_text():
+    """Whatever stands in a row, or in the name of a file that is dropped, is shown as letters."""
+    evil = "<script>alert(1)</script><img src=x onerror='alert(1)'>"
+    html = demos._told([evil, evil], evil)
+    assert "<script" not in html
+    assert "<img" not in html
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3
+
+
 # --- in the browser -------------------------------------------------------------------------------
 
 
