@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from idefics_qlora.checkpoint import ADAPTER, ADAPTER_CONFIG, CARD, SHARED
-from idefics_qlora.durable import json_bytes, json_mapping, read_whole
+from idefics_qlora.durable import CheckpointError, json_bytes, json_mapping, read_whole
 from idefics_qlora.model.loading import read_adapter
 from idefics_qlora.model.saved_base import is_hub_id
 from idefics_qlora.sharing.card import PICTURES, Facts, facts_of, hub_name, model_card
@@ -242,7 +242,14 @@ def _of_adapter(folder: Path, base: str | None) -> tuple[Facts, Files]:
 def _shared(folder: Path) -> Facts:
     values = json_mapping(folder / SHARED, read_whole(folder / SHARED))
     known = {each.name for each in dataclasses.fields(Facts)}
-    return Facts(**{name: value for name, value in values.items() if name in known})
+    facts = Facts(**{name: value for name, value in values.items() if name in known})
+    try:
+        model_card(facts.with_pictures(()), "any", is_on_hub=True, pictures=PICTURES)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / SHARED} is not as merge or push wrote it ({error}): make the folder anew"
+        ) from error
+    return facts
 
 
 def _license_of(base: str) -> tuple[str | None, str]:

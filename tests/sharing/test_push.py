@@ -185,6 +185,21 @@ def test_what_is_hidden_in_a_merged_folder_stays(hub, run, tmp_path):
         iq.push(merged, ME, base="someone/base")
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", *({"samples": wrong} for wrong in (None, [1], [{"images": None}])),
+     {"results": {"eval_x": "y"}}, {"settings": None}, {"lora": [1]}],
+)  # fmt: skip
+def test_facts_that_somebody_altered_are_told(content, run, tmp_path, capsys):
+    """By the file's name, not by a traceback: the folder may come from anywhere."""
+    folder = tmp_path / "merged"
+    iq.merge(run, folder, verify=False)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / "idefics_qlora.json").write_text(text)
+    assert cli.main(["push", str(folder), ME, "--dry_run", "true"]) == 2
+    assert "merged/idefics_qlora.json" in capsys.readouterr().err
+
+
 def test_a_merged_models_base_is_named_as_the_hub_does(run, tmp_path):
     """A folder given for it would stand in the public card; of another base none is known."""
     folder = tmp_path / "merged"
