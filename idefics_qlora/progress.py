@@ -209,6 +209,9 @@ class RunProgress:
         self._table = EvalTable()
         self._started = time.monotonic()
 
+    def begin(self, words: str) -> None:
+        """The first step of a new run is about to be done."""
+
     def step(self, step: int) -> None:
         """So many optimizer steps are done."""
         self.done = step
@@ -245,7 +248,11 @@ class RunProgress:
 
 
 class _Lines(RunProgress):
-    """A line for each record."""
+    """A line for each record, and one before the first, which may take long to come."""
+
+    def begin(self, words: str) -> None:
+        """Write it as a line."""
+        say(words)
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Write it as a line."""
@@ -281,6 +288,9 @@ class _Bar(_Lines):
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar:9}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
         )
+
+    def begin(self, words: str) -> None:
+        """The bar is there already."""
 
     def step(self, step: int) -> None:
         """Move the bar."""

@@ -65,9 +65,13 @@ def read(
 
     Returns:
         The values by name, those left out that are of a wrong type; and the problems, a line each.
+
+    Raises:
+        SettingsError: If a file cannot be read: what is missing, and wrong with it, is not known.
     """
     given: dict[str, Given] = {}
     problems: list[str] = []
+    unread: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         if argument == "--":
@@ -91,11 +95,16 @@ def read(
             continue
         text = text if equals else next(rest, "")
         if name == "config":
-            for file_name, value, where in _file(Path(text), fields, problems):
-                _take(file_name, value, where, fields, given, problems)
+            try:
+                for file_name, value, where in _file(Path(text), fields, problems):
+                    _take(file_name, value, where, fields, given, problems)
+            except SettingsError as error:
+                unread += error.problems
         elif not argument.partition("=")[0].endswith("+"):
             value = text if _is_text(fields[name].type) else _parsed(text)
             _take(name, value, COMMAND_LINE, fields, given, problems)
+    if unread:
+        raise SettingsError([*problems, *unread])
     wrong = {problem.partition("=")[0].rpartition(" ")[2] for problem in problems}
     for name in needed:
         if (name not in given or given[name].value is None) and name not in wrong:
@@ -139,22 +148,27 @@ def _take(
 def _file(
     path: Path, fields: Mapping[str, Field], problems: list[str]
 ) -> Iterator[tuple[str, Any, str]]:
-    """Name, value and place of each setting of a configuration file; problems are noted."""
+    """Name, value and place of each setting of a configuration file; problems are noted.
+
+    Raises:
+        SettingsError: If it cannot be read at all.
+    """
     try:
         text = path.expanduser().read_text(encoding="utf-8-sig")
         root, values = yaml.compose(text, yaml.SafeLoader), get_loader("yaml")(text)
     except OSError as error:
         meant = did_you_mean(path) if isinstance(error, FileNotFoundError) else ""
-        problems.append(f"--config {path}: {error.strerror}{meant}: expected a YAML file")
-        return
+        problem = f"--config {path}: {error.strerror}{meant}: expected a YAML file"
+        raise SettingsError([problem]) from error
     except UnicodeError as error:
-        problems.append(f"{path}: no text in UTF-8: {error}")
-        return
+        raise SettingsError([f"{path}: no text in UTF-8: {error}"]) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problems.append(f"{path}{line}: no YAML: {getattr(error, 'problem', None) or error}")
-        return
+        what = getattr(error, "problem", None) or error
+        raise SettingsError(
+            [f"{path}{line}: no YAML: {what}: check the indentation there and in the line above"]
+        ) from error
     if root is None:
         return
     todo: list[tuple[str, Any, Any, str]] = [("", root, values, f"{path}, line 1")]

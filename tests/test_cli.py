@@ -201,6 +201,23 @@ def test_a_file_that_holds_something_else(here, capsys, text, problem):
     assert any(line.startswith("--config gone.yaml: No such file") for line in found)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("gone.yaml", None, "--config gone.yaml: No such file"),
+        ("bad.yaml", "model:\n  base: tiny\n   revision: a\n", "bad.yaml, line 3: no YAML: "),
+        ("bad.yaml", "a: \xff", "bad.yaml: no text in UTF-8: "),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_problem(here, capsys, name, text, problem):
+    """What its settings are is not known, so none is said to be missing."""
+    if text is not None:
+        Path(name).write_text(text, encoding="latin-1")
+    (found,) = problems_of(capsys, "train", "--config", name)
+    assert found.startswith(problem)
+    assert ("check the indentation" in found) == ("no YAML" in problem)
+
+
 def test_a_file_without_its_option(here, capsys):
     """The first that one tries: told beside what is missing for want of it."""
     problems = problems_of(capsys, "train", "run.yaml")
@@ -236,7 +253,7 @@ def test_what_train_finds_before_its_first_step_is_2(here, capsys):
     Path("run.yaml").write_text(RUN.replace("{train: tiny, eval: tiny}", "{train: rows.jsonl}"))
     arguments = ["train", "--config", "run.yaml", "--train.load_best_model_at_end", "true"]
     best, row = problems_of(capsys, *arguments)
-    assert best.startswith("command line: train.load_best_model_at_end=True needs data.eval to fin")
+    assert best.startswith("command line: train.load_best_model_at_end=True needs held-out rows to")
     assert row.startswith(f"cannot open the image '{here / 'a.png'}' of image of data.train[0]: ")
     metric = ["--data.eval", "tiny", "--train.metric_for_best_model", "eval_cidr"]
     template = ["--data.train", "tiny", "--data.answer", " {nme}", "--metrics", "cider"]

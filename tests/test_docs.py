@@ -28,7 +28,7 @@ INSTEAD_OF_THE_HUB = {
     "HuggingFaceM4/idefics-9b": str(iq.tiny.BASE),
     "HuggingFaceTB/SmolVLM-256M-Instruct": str(iq.tiny.BASE),
     "max_steps=200": "max_steps=2",
-    "max_steps=160": "max_steps=2",
+    "max_steps=100": "max_steps=2",
     "creature_cards(1000": "creature_cards(32",
     "creature_cards(32, seed=1": "creature_cards(4, seed=1",
     "checkpoint-200": "checkpoint-2",

@@ -53,6 +53,6 @@ def test_a_run_that_fails_leaves_the_generators_alone(lora, processor, examples,
     with pytest.raises(Broken):
         iq.train(lora, processor, examples, config=config_of(tmp_path), on_log=stumble)
     assert generators() == before
-    with pytest.raises(ValueError, match="is of a run that computes something else"):
+    with pytest.raises(ValueError, match="belongs to a run with other settings or rows"):
         iq.train(lora, processor, examples, config=config_of(tmp_path, seed=7))
     assert generators() == before

@@ -180,10 +180,9 @@ def evaluation_problems(
         return
     if config.load_best_model_at_end:
         yield (
-            f"load_best_model_at_end=True needs eval_rows to find the best checkpoint (every "
-            f"eval_steps={config.eval_steps} steps), but there are none: pass eval_rows, or set "
-            "load_best_model_at_end=False (then no loss is held out, and the last checkpoint is "
-            "what the run gives)"
+            f"load_best_model_at_end=True needs held-out rows to find the best checkpoint (every "
+            f"eval_steps={config.eval_steps} steps), and there are no such rows: pass eval_rows, "
+            "or set load_best_model_at_end=False to be given the last checkpoint"
         )
     wanted = {
         f"metrics ({', '.join(metrics)})": metrics,

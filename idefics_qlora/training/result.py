@@ -48,10 +48,12 @@ class TrainResult:
     exit with 128 + its number), or ``on_log``, and the last checkpoint is the newest state; or
     ``early_stopping``, after which nothing is left to do."""
 
-    def last_words(self, config: TrainConfig, total_steps: int) -> list[str]:
+    def last_words(self, config: TrainConfig, total_steps: int, first_step: int) -> list[str]:
         """Lines that say what the run came to, where it is, and how to use it or go on."""
         seconds, speed = self.metrics["train_runtime"], self.metrics["train_samples_per_second"]
-        lines = [f"{self.global_step} steps in {seconds:.0f} s, {speed:.4g} examples/s"]
+        lines = [f"{self.global_step} steps"]
+        if self.global_step > first_step:  # else the time has gone on, and no step with it
+            lines[0] += f" in {seconds:.0f} s, {speed:.4g} examples/s"
         if self.stopped_by == "early_stopping":
             lines[0] += f", ended by early stopping before step {total_steps}"
         elif self.stopped_by is not None:

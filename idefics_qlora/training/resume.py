@@ -156,9 +156,9 @@ def restore(state: TrainState, snapshot: Snapshot, source: Path) -> None:
         problems = differences(state, snapshot)
     if problems:
         raise ValueError(
-            f"{source} is of a run that computes something else:\n"
+            f"{source} belongs to a run with other settings or rows:\n"
             + "\n".join(f"  - {problem}" for problem in problems)
-            + "\nContinue with the old values, or start anew in another output_dir"
+            + "\nGo on with the values that it had, or start anew in another output_dir"
         )
     with _needing_all_of(source):
         state.load(snapshot)
@@ -171,13 +171,13 @@ def differences(state: TrainState, snapshot: Snapshot) -> list[str]:
     # A setting that there was not yet: its default is what the run did without it.
     old = {**{f.name: f.default for f in dataclasses.fields(TrainConfig)}, **old}
     problems = [
-        f"{name}: {old[name]!r} there, {new[name]!r} here"
+        f"{name}: was {old[name]!r}, now {new[name]!r}"
         for name in new
         if name not in FREE_FIELDS and old[name] != new[name]
     ]
     old_lora, new_lora = snapshot.adapter_config, adapter_config(state.model)
     problems += [
-        f"LoRA {name}: {old_lora.get(name)!r} there, {new_lora[name]!r} here"
+        f"LoRA {name}: was {old_lora.get(name)!r}, now {new_lora[name]!r}"
         for name in new_lora
         # peft's own version and the base's address may change
         if name not in ("peft_version", "base_model_name_or_path", "revision")
@@ -185,22 +185,22 @@ def differences(state: TrainState, snapshot: Snapshot) -> list[str]:
     ]
     origin = snapshot.state
     if not same_base(origin["base"], state.origin["base"]):
-        problems.append(f"base model: {origin['base']} there, {state.origin['base']} here")
+        problems.append(f"base model: was {origin['base']}, now {state.origin['base']}")
     draft = origin.get("draft", False)  # 0.1 had none
     if draft != state.origin["draft"]:
-        problems.append(f"ImageAccess.draft: {draft} there, {state.origin['draft']} here")
+        problems.append(f"ImageAccess.draft: was {draft}, now {state.origin['draft']}")
     for name, setting in (("image_side", "longest_edge"), ("image_splitting", "image_splitting")):
         here = state.origin[name]
         if (there := origin.get(name, here)) != here:  # 0.1 had none
-            problems.append(f"load_model({setting}=...): {there} there, {here} here")
+            problems.append(f"load_model({setting}=...): was {there}, now {here}")
     there, here = origin["train_rows"], state.origin["train_rows"]
     if not here.fits(there):
-        what = f"{there['number']} rows there, {here.number} here"
+        what = f"were {there['number']} rows, now {here.number}"
         same_number = there["number"] == here.number
         problems.append(f"train_rows: {'other content' if same_number else what}")
         then, now = (known(o.get("templates")) or {} for o in (origin, state.origin))
         problems += [  # why they differ, where both are known
-            f"the rows' {name}: {then[name]!r} there, {now[name]!r} here"
+            f"the rows' {name}: was {then[name]!r}, now {now[name]!r}"
             for name in then
             if name in now and then[name] != now[name]
         ]

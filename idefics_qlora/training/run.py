@@ -139,6 +139,11 @@ class Run:
         self.progress = cleanup.enter_context(shown)
         if checkpoint is not None:
             self.progress.tell(resumed_words(self.state, checkpoint))
+        else:
+            self.progress.begin(
+                f"training: {inputs.total_steps} steps of {config.global_batch_size} examples, "
+                f"logging_steps={config.logging_steps}"
+            )
         self._clock = Clock(self.state)
         self.saving = Saving(self.state, folder, self._clock, stop, background)
         self._files = RunFiles(folder, self.state, inputs)
@@ -286,5 +291,5 @@ class Run:
         if self._gallery is not None and state.is_over:
             self._gallery.ended(state.global_step if held is None else held)
         self.report(is_last=True)
-        self.progress.tell(*result.last_words(self.config, state.total_steps))
+        self.progress.tell(*result.last_words(self.config, state.total_steps, self._first_step))
         return result

@@ -142,7 +142,7 @@ def test_a_run_keeps_to_its_way_of_decoding(base, processor, rows, tmp_path, bef
     model = iq.add_lora(copy.deepcopy(base))
     iq.train(model, processor, rows, access=ImageAccess(draft=before), **options)
     more = {**options, "config": config_of(tmp_path, max_steps=2, lr_scheduler_type="constant")}
-    message = rf"ImageAccess.draft: {before} there, {not before} here"
+    message = rf"ImageAccess.draft: was {before}, now {not before}"
     with pytest.raises(ValueError, match=message):
         iq.train(model, processor, rows, access=ImageAccess(draft=not before), **more)
     done = iq.train(model, processor, rows, access=ImageAccess(draft=before), **more)
@@ -156,7 +156,7 @@ def test_a_run_of_0_1_goes_on_without_draft_only(tmp_path):
     model, processor = write.model_and_processor(iq.tiny.BASE)
     config = iq.TrainConfig(output_dir=tmp_path / "run", **write.COMMON, **write.RUNS["fp32"])
     cards = write.rows_of(here / "rows")
-    with pytest.raises(ValueError, match="ImageAccess.draft: False there, True here"):
+    with pytest.raises(ValueError, match="ImageAccess.draft: was False, now True"):
         iq.train(
             model, processor, cards[2:], cards[:2], config=config, access=DRAFT,
             to_example=write.example_of,

@@ -146,7 +146,7 @@ def test_the_longest_edge_decides_what_a_picture_costs(successor, examples, tmp_
     assert load_checkpoint(tmp_path / "checkpoint-1").state["image_side"] == 64
     _, again = iq.load_finetuned(tmp_path / "checkpoint-1", device="cpu")
     assert Collator(again).reader.side == 64
-    with pytest.raises(ValueError, match=r"longest_edge=...\): 64 there, 128 here"):
+    with pytest.raises(ValueError, match=r"longest_edge=...\): was 64, now 128"):
         iq.train(model, successor[1], examples, config=config_of(tmp_path, max_steps=2))
     for edge in (63, 5000):
         with pytest.raises(ValueError, match=f"longest_edge={edge}: expected pixels from 64"):

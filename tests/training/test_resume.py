@@ -293,14 +293,14 @@ def test_a_path_goes_back(base, processor, rows, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"global_batch_size": 2}, "global_batch_size: 4 there, 2 here"),
-        ({"seed": 1}, "seed: 42 there, 1 here"),
-        ({"learning_rate": 1e-3}, "learning_rate: 0.0002 there, 0.001 here"),
+        ({"global_batch_size": 2}, "global_batch_size: was 4, now 2"),
+        ({"seed": 1}, "seed: was 42, now 1"),
+        ({"learning_rate": 1e-3}, "learning_rate: was 0.0002, now 0.001"),
         (
             {"adam_beta2": 0.95, "warmup_steps": 0, "warmup_ratio": 0.2},
-            "(?s)warmup_steps: 2 .*warmup_ratio: 0.0 there, 0.2 .*adam_beta2: 0.999 there, 0.95",
+            "(?s)warmup_steps: was 2, .*warmup_ratio: was 0.0, .*adam_beta2: was 0.999, now 0.95",
         ),
-        ({"augment": False, "loss_on": "all"}, "(?s)loss_on: .*augment: True there, False here"),
+        ({"augment": False, "loss_on": "all"}, "(?s)loss_on: .*augment: was True, now False"),
     ],
 )
 def test_what_changes_the_mathematics_is_refused(
@@ -313,16 +313,16 @@ def test_what_changes_the_mathematics_is_refused(
 
 def test_other_rows_lora_or_base_are_refused(base, processor, rows, two_steps):
     """A run is not continued with other data, another adapter or another base."""
-    with pytest.raises(ValueError, match="train_rows: 10 rows there, 9 here"):
+    with pytest.raises(ValueError, match="train_rows: were 10 rows, now 9"):
         run(base, processor, rows[:9], config_of(two_steps))
     lora = LoraConfig(r=4, lora_alpha=32, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
     model = iq.add_lora(copy.deepcopy(base), lora)
-    with pytest.raises(ValueError, match=r"(?s)LoRA r: 16 there, 4 here.*LoRA target_modules"):
+    with pytest.raises(ValueError, match=r"(?s)LoRA r: was 16, now 4.*LoRA target_modules"):
         iq.train(model, processor, rows, rows[:2], config=config_of(two_steps))
     other = copy.deepcopy(base)
     with torch.no_grad():
         other.get_input_embeddings().weight.mul_(1.01)
-    with pytest.raises(ValueError, match=r"base model: .* there, .* here"):
+    with pytest.raises(ValueError, match=r"base model: was .*, now "):
         run(other, processor, rows, config_of(two_steps))
 
 
