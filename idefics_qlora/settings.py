@@ -186,7 +186,8 @@ class Told:
                 number, split = (256, "train") if name == "train" else (32, "held_out")
                 return creature_cards(number, seed=0, split=split)
             if not source.startswith("hf:"):
-                return load_rows(source, access=self.access)
+                image = {**self._templates_of_run(), **self._templates()}.get("image")
+                return load_rows(source, image=image, access=self.access)
             dataset, _, split = source.removeprefix("hf:").partition(":")
             if not dataset or not split:
                 raise ValueError("expected hf:NAME:SPLIT, such as hf:me/photos:train")

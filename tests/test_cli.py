@@ -424,12 +424,22 @@ def test_rows_are_looked_at_before_a_base_is_loaded(here, capsys):
     Path("made/checkpoint-1/adapter_config.json").write_text(adapter)
     for source in (["--model.base", str(copied)], ["--adapter", "made"]):
         (problem,) = problems_of(capsys, "evaluate", "--data.eval", "rows.csv", *source)
-        assert problem.startswith(
-            "data.eval[0]: a row with columns ['picture', 'text'] is no known"
-        )
-        assert problem.endswith(
-            'otherwise pass --data.image "picture_column" --data.answer " {your_column}"'
-        )
+        assert problem.startswith("data.eval[0]: did you mean `file_name` for `picture`?")
+    (here / "rows.csv").write_text("picture;text\na;A fox.\n")
+    (problem,) = problems_of(capsys, "evaluate", "--data.eval", "rows.csv", *source)
+    assert problem.startswith("data.eval[0]: a row with columns ['picture', 'text'] is no known")
+    assert problem.endswith(
+        'otherwise pass --data.image "picture_column" --data.answer " {your_column}"'
+    )
+
+
+def test_the_pictures_column_is_told(here, capsys):
+    """`--data.image` finds pictures beside the file, as `file_name` would."""
+    Path("cards").mkdir()
+    Image.new("RGB", (64, 64)).save("cards/a.png")
+    Path("cards/rows.csv").write_text("picture,text\na.png,A fox.\n")
+    command = ["preview", "--model.base", "tiny", "--data.train", "cards/rows.csv"]
+    assert cli.main([*command, "--data.image", "picture", "--data.answer", " {text}"]) == 0
 
 
 def test_without_held_out_rows_it_says_what_is_lost(here, capsys):

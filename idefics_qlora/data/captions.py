@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from idefics_qlora.data.example import Example, open_value
+from idefics_qlora.data.example import PICTURE_ENDING, Example, open_value
 from idefics_qlora.images.access import ImageAccess
 
 IMAGE_COLUMNS = ("image", "image_path", "image_url")
@@ -38,6 +39,21 @@ def first_picture(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[Any, 
 def has_picture(row: Mapping[str, Any], image: str | None) -> bool:
     """Whether the row has a value in this column, or for ``None`` in one of ``IMAGE_COLUMNS``."""
     return any(has_value(row, column) for column in (IMAGE_COLUMNS if image is None else (image,)))
+
+
+def meant_picture(row: Mapping[str, Any]) -> str:
+    """Asks whether a column with the path of a picture is misnamed; empty if none looks so."""
+    for column, value in row.items():
+        if isinstance(value, (str, os.PathLike)) and re.fullmatch(
+            rf"\s*\S.*{PICTURE_ENDING}\s*", os.fspath(value)
+        ):
+            if column == "file_name":  # `load_rows` would have renamed it
+                return "did you mean `image` for `file_name`?"
+            return (
+                f"did you mean `file_name` for `{column}`? (In rows that no file holds it is "
+                "called `image`)"
+            )
+    return ""
 
 
 def pokemon_card_example(
@@ -104,9 +120,8 @@ class Captions:
         columns = IMAGE_COLUMNS if self.image is None else (self.image,)
         if not any(column in row for column in columns):
             names = " nor ".join(f"`{column}`" for column in columns)
-            raise ValueError(
-                f"the row has {sorted(row)}, not {names}: pass image=its picture column"
-            )
+            way = meant_picture(row) or "pass image=its picture column"
+            raise ValueError(f"the row has {sorted(row)}, not {names}: {way}")
         question = self.text(row)
         return [open_value(*first_picture(row, columns), self.access), question]
 

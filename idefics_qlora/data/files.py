@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -22,7 +23,10 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 def load_rows(
-    path: str | os.PathLike[str], *, access: ImageAccess = DEFAULT_ACCESS
+    path: str | os.PathLike[str],
+    *,
+    image: str | None = None,
+    access: ImageAccess = DEFAULT_ACCESS,
 ) -> list[dict[str, Any]]:
     """Rows of a folder of pictures, or of a JSONL, JSON, CSV or parquet file beside its pictures.
 
@@ -42,6 +46,8 @@ def load_rows(
         path: A folder with ``metadata.jsonl`` or ``metadata.csv`` or with folders of pictures; or a
             file: ``.jsonl``, ``.csv`` or ``.tsv`` (commas, or, where its first line has none,
             semicolons or tabs), ``.json`` (a list of objects) in UTF-8, or ``.parquet``.
+        image: Another column whose strings are paths of pictures, as ``Captions(image=...)`` names
+            it.
         access: Its ``folder`` takes the place of the metadata's, and with ``allow_absolute_paths``
             absolute paths may lead anywhere.
 
@@ -73,7 +79,7 @@ def load_rows(
     rows = []
     for place, row in READERS[file.suffix](file):
         try:
-            rows.append(_with_paths(row, access))
+            rows.append(_with_paths(row, access, image))
         except (OSError, RuntimeError, ValueError) as error:  # the two: links in a circle
             raise ValueError(f"{file}, {place}: {error}") from error
     if not rows:
@@ -145,19 +151,48 @@ def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             lines.seek(0)
             reader = csv.DictReader(lines, strict=True, delimiter=mark)
             columns = [*(reader.fieldnames or ())]
+            if len(columns) == 1 and re.search(r"[^\w .-]", columns[0]):
+                raise ValueError(
+                    f"the header is one column, {columns[0]!r:.80}: expected commas, semicolons or "
+                    "tabs between columns; save the table with one of these as its separator"
+                )
             number = reader.line_num + 1  # where a row starts; in quotes it may span several lines
             for row in reader:
                 if None in row or None in row.values():
-                    raise ValueError(
-                        f"expected {len(columns)} values, as many as the header has, separated by "
-                        f"{mark!r}: {columns}"
-                    )
+                    raise ValueError(_other_number(row, columns, mark))
                 yield f"line {number}", row
                 number = reader.line_num + 1
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}, line {number}: {error}: save it in UTF-8") from error
+        except UnicodeDecodeError:  # of a block of many lines
+            raise _no_utf8(file) from None
         except (csv.Error, ValueError) as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
+
+
+def _other_number(row: Mapping[Any, Any], columns: list[str], mark: str) -> str:
+    """What is wrong with a line of more, or fewer, values than the header has columns."""
+    values = [value for column in columns if (value := row[column]) is not None]
+    number, way = len(values) + len(row.get(None, ())), ""
+    if number > len(columns):
+        values[-1] = mark.join([values[-1], *row[None]])
+        quoted = io.StringIO()
+        csv.writer(quoted, delimiter=mark, lineterminator="").writerow(values)
+        kind = {",": "comma", ";": "semicolon"}.get(mark, "tab")
+        way = f"; a text with a {kind} goes in quotes: {quoted.getvalue():.120}"
+    return (
+        f"{number} value{'s' * (number > 1)}, expected {len(columns)} (columns "
+        f"{', '.join(columns)}, separated by {mark!r}){way}"
+    )
+
+
+def _no_utf8(file: Path) -> ValueError:
+    """Names the line that is no UTF-8."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return ValueError(f"{file}, line {number}: {error}: save it in UTF-8")
+    return ValueError(f"{file}: no UTF-8: save it in UTF-8")
 
 
 def _json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -202,9 +237,9 @@ READERS = {".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".json": _json, ".parqu
 """By the end of a file's name: what gives its rows, each with its place for errors."""
 
 
-def _with_paths(row: dict[str, Any], access: ImageAccess) -> dict[str, Any]:
+def _with_paths(row: dict[str, Any], access: ImageAccess, image: str | None) -> dict[str, Any]:
     row = dict(row)
-    if "file_name" in row:
+    if "file_name" in row and image != "file_name":
         if "image" in row:
             raise ValueError("the row has both `file_name` and `image`: keep one")
         row["image"] = row.pop("file_name")
@@ -212,7 +247,7 @@ def _with_paths(row: dict[str, Any], access: ImageAccess) -> dict[str, Any]:
         row["images"] = row.pop("file_names")
     if other := [name for name in row if name.endswith(("_file_name", "_file_names"))]:
         raise ValueError(f"{other[0]!r} is no column of pictures here: use `image` or `images`")
-    for column in IMAGE_COLUMNS:
+    for column in dict.fromkeys([*IMAGE_COLUMNS, *([image] if image else [])]):
         if column in row:
             row[column] = _inside(row[column], access, column)
     if isinstance(row.get("images"), list):

@@ -14,6 +14,7 @@ from idefics_qlora.data.captions import (
     Captions,
     first_picture,
     has_value,
+    meant_picture,
     pokemon_card_example,
 )
 from idefics_qlora.data.example import (
@@ -130,6 +131,10 @@ def _known_example(row: Any) -> Example:
         for known in FORMATS:
             if not known.missing(columns):
                 return known.convert(row)
+    if not any(column in row for column in ("images", *IMAGE_COLUMNS, *_PICTURE_FILES)) and (
+        meant := meant_picture(row)
+    ):
+        raise TypeError(f"{meant}; the row has {sorted(map(str, row))}")
     image = "" if any(column in row for column in IMAGE_COLUMNS) else 'image="picture_column", '
     raise TypeError(
         f"a row with columns {sorted(map(str, row))} is no known format; {_nearest(row)}; "

@@ -113,12 +113,22 @@ def test_paths_that_leave_the_folder_are_refused(folder, tmp_path, row, value):
         ("rows.jsonl", b'{"file_name": "a", "image": "b"}', "line 1: .*both `file_name` and"),
         ("rows.jsonl", b'{"image": "a\\u0000.png"}', "line 1: .*null"),
         ("rows.jsonl", b"", "rows.jsonl has no rows"),
-        ("rows.csv", b"a,b\n1,2\n1\n", "rows.csv, line 3: expected 2 values"),
-        ("rows.csv", b"a,b\n1,2,3\n", "rows.csv, line 2: expected 2 values"),
+        ("rows.csv", b"a,b\n1,2\n1\n", "rows.csv, line 3: 1 value, expected 2 .columns a, b,"),
+        (
+            "rows.csv",
+            b"file_name,text\n0.png,A red circle, on white\n",
+            "rows.csv, line 2: 3 values, expected 2 .columns file_name, text, .*; a text with a "
+            'comma goes in quotes: 0.png,"A red circle, on white"',
+        ),
         ("rows.csv", b'a,b\n"1,2\n', "rows.csv, line 2: unexpected end of data"),
-        ("rows.csv", b'a,b\n"1\n1",2\n3\n', "rows.csv, line 4: expected 2 values"),
-        ("rows.csv", b"a;b,c\n1;2\n", r"line 2: .*by ',': \['a;b', 'c'\]"),
-        ("rows.csv", b"a,b\n\xff,2\n", "rows.csv, line [12]: .*utf-8.*: save it in UTF-8"),
+        ("rows.csv", b'a,b\n"1\n1",2\n3\n', "rows.csv, line 4: 1 value, expected 2"),
+        ("rows.csv", b"a;b,c\n1;2\n", r"line 2: .*columns a;b, c, separated by ','"),
+        (
+            "rows.csv",
+            b"a|b\n1|2\n",
+            r"line 1: .*one column, 'a\|b': expected commas, semicolons or",
+        ),
+        ("rows.csv", b"a,b\n1,2\n\xff,2\n", "rows.csv, line 3: .*utf-8.*: save it in UTF-8"),
         ("rows.txt", b"", "ends in .jsonl or .csv"),
     ],
 )
@@ -127,6 +137,21 @@ def test_bad_files_name_the_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         iq.load_rows(tmp_path / name)
+
+
+def test_the_pictures_in_another_column(folder, picture):
+    """A misspelt `file_name` is named with the right one; or the column is told, and is beside the
+    file as others are."""
+    (folder / "metadata.csv").write_text("Filename,text\na.png,One\n")
+    (row,) = iq.load_rows(folder)
+    for to_example in (None, iq.Captions(answer=" {text}")):
+        with pytest.raises((TypeError, ValueError), match="mean `file_name` for `Filename`"):
+            as_example(row, to_example)
+    (row,) = iq.load_rows(folder, image="Filename")
+    example = as_example(row, iq.Captions(answer=" {text}", image="Filename"))
+    assert example.prompt[0].size == picture.size
+    with pytest.raises(TypeError, match="did you mean `image` for `file_name`"):
+        as_example({"file_name": "a.png", "text": "One"})
 
 
 def test_metadata_must_be_there_once(folder):
