@@ -41,12 +41,15 @@ def has_picture(row: Mapping[str, Any], image: str | None) -> bool:
     return any(has_value(row, column) for column in (IMAGE_COLUMNS if image is None else (image,)))
 
 
+def has_picture_ending(text: str) -> bool:
+    """Whether a text ends as the names of pictures do."""
+    return re.fullmatch(rf"\s*\S.*{PICTURE_ENDING}\s*", text) is not None
+
+
 def meant_picture(row: Mapping[str, Any]) -> str:
     """Asks whether a column with the path of a picture is misnamed; empty if none looks so."""
     for column, value in row.items():
-        if isinstance(value, (str, os.PathLike)) and re.fullmatch(
-            rf"\s*\S.*{PICTURE_ENDING}\s*", os.fspath(value)
-        ):
+        if isinstance(value, (str, os.PathLike)) and has_picture_ending(os.fsdecode(value)):
             if column == "file_name":  # `load_rows` would have renamed it
                 return "did you mean `image` for `file_name`?"
             return (

@@ -83,8 +83,8 @@ class RowReader:
     ) -> None:
         if isinstance(rows, (str, bytes, os.PathLike)):
             raise TypeError(
-                f"{name}={rows!r:.80} is no rows: expected a list or the like; rows that a folder "
-                "or a file holds are read by load_rows(path)"
+                f"{name}={rows!r:.80}: expected a list of rows or the like; rows that a folder or "
+                "a file holds are read by load_rows(path)"
             )
         if hasattr(rows, "iloc"):  # a table of pandas, whose own items are columns
             rows = FrameRows(rows)

@@ -104,7 +104,7 @@ def generate(
         One text per prompt, in order.
 
     Raises:
-        TypeError: If model and processor are swapped.
+        TypeError: If model and processor are swapped, or what is asked is passed as an option.
         ValueError: If a prompt or row is not valid; the message names it (``BadImage`` for an
             image). If an option asks for something else than one text per prompt.
         LoaderError: If a process that reads rows died.
@@ -173,6 +173,12 @@ def generate_iter(
         check_whole(batch_size=batch_size)
     if num_workers != "auto":
         check_whole(0, num_workers=num_workers)
+    for name in ("question", "prompt", "image", "images"):  # which transformers calls model_kwargs
+        if name in generate_options:
+            raise TypeError(
+                f"{name}={generate_options[name]!r:.80} is no option of generate: what is asked "
+                'stands in the rows, [{"image": ..., "question": ...}, ...]'
+            )
     for name, only in ONE_TEXT.items():
         if generate_options.get(name, only) not in (only, None):
             raise ValueError(

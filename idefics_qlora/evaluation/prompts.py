@@ -13,13 +13,19 @@ from torch.utils.data import Dataset, IterableDataset
 
 from idefics_qlora.data.bad_rows import BadRow
 from idefics_qlora.data.batches import Collator, Tokens
-from idefics_qlora.data.captions import Captions, has_picture
+from idefics_qlora.data.captions import (
+    Captions,
+    has_picture,
+    has_picture_ending,
+    meant_picture,
+)
 from idefics_qlora.data.checks import Finding, text_findings
 from idefics_qlora.data.example import Example, ToExample
 from idefics_qlora.data.pace import FEWEST
 from idefics_qlora.data.rows import RowReader, Rows, RowStream
 from idefics_qlora.data.templates import question_findings
 from idefics_qlora.data.workers import Loading
+from idefics_qlora.images.access import is_url
 
 TOGETHER = 8
 """Rows at most that are read, and cross from a loader process, at once."""
@@ -43,7 +49,14 @@ class Prompts(NamedTuple):
 
 
 def _is_row(value: Any) -> bool:
-    return isinstance(value, Mapping) and has_picture(value, None)
+    return isinstance(value, Mapping) and (has_picture(value, None) or bool(meant_picture(value)))
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether this is a picture, or would be one in a row."""
+    if isinstance(value, (str, os.PathLike)):
+        return is_url(text := os.fsdecode(value)) or has_picture_ending(text)
+    return isinstance(value, (bytes, Image))
 
 
 def loading_prompts(
@@ -65,22 +78,34 @@ def loading_prompts(
         together: Rows that are read at once.
         trained: With what the model was trained.
     """
-    if isinstance(rows, (str, bytes, os.PathLike, Image)) or _is_row(rows):
+    if _is_row(rows):
+        raise TypeError(f"prompts={rows!r:.80} is one row: put it into a list")
+    if _is_picture(rows):
         raise TypeError(
-            f"{rows!r:.80} is no rows: expected a list of rows or prompts; pictures alone are rows "
-            'such as [{"image": path}, ...]; rows that a folder or a file holds are read by '
-            "load_rows(path)"
+            f"prompts={rows!r:.80} is one picture: expected a list of rows, such as "
+            '[{"image": path}, ...]'
+        )
+    if isinstance(rows, (str, os.PathLike)):
+        raise TypeError(
+            f"prompts={rows!r:.80}: expected a list of rows or prompts; rows that a folder or a "
+            "file holds are read by load_rows(path)"
         )
     are_prompts = isinstance(rows, (list, tuple)) and to_example is None
     if are_prompts and isinstance(rows[0], (Mapping, Example)):  # type: ignore[index]
         are_prompts = False
-    items = (str, bytes, os.PathLike, Image)
-    if isinstance(rows, (list, tuple)) and are_prompts and all(isinstance(r, items) for r in rows):
-        raise ValueError(
-            f"prompts={rows!r:.80}: expected a list of prompts, each a list of images and texts; "
-            'one alone is passed as [[image, "Question: ... Answer:"]]; pictures alone are rows '
-            'such as [{"image": path}, ...]'
-        )
+    if isinstance(rows, (list, tuple)) and are_prompts:
+        shown = f"[{rows[0]!r:.80}{', ...' if len(rows) > 1 else ''}]"
+        if all(map(_is_picture, rows)):
+            raise ValueError(
+                f'prompts={shown}: pictures alone are rows, [{{"image": path}}, ...], and asked '
+                "what the model was trained with; to ask otherwise, pass prompts, "
+                '[[image, "Question: ... Answer:"], ...]'
+            )
+        if all(isinstance(item, str) or _is_picture(item) for item in rows):
+            raise ValueError(
+                f"prompts={shown}: expected a list of prompts, each a list of images and texts; "
+                'one alone is passed as [[image, "Question: ... Answer:"]]'
+            )
     name = "prompts" if are_prompts else "rows"
     reader = RowReader(rows, name, to_example, collator, once=True, trained=trained)
     if num_workers == "auto":

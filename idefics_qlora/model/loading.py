@@ -42,6 +42,7 @@ from idefics_qlora.checkpoint import (
     ADAPTER,
     ADAPTER_CONFIG,
     best_checkpoint,
+    checkpoints,
     latest_checkpoint,
     load_adapter_files,
 )
@@ -397,12 +398,22 @@ def _checked_source(base: str | os.PathLike[str]) -> str:
             f"{str(folder)!r} holds an adapter, not a base model: load both with load_finetuned"
         )
     if not folder.exists():
+        if name == "tiny":  # as the command line has it; no base of the Hub has such a name
+            raise FileNotFoundError(
+                "'tiny' is the embedded base, which idefics_qlora.tiny.load_model() loads; its "
+                "folder is idefics_qlora.tiny.BASE"
+            )
         if isinstance(base, str) and is_hub_id:
             return name
         raise FileNotFoundError(
             f"there is no folder {name!r}{did_you_mean(name)}: expected a base's folder or a Hub id"
         )
     if not (folder / "config.json").is_file():
+        if checkpoints(folder):
+            raise FileNotFoundError(
+                f"{str(folder)!r} is a run, adapters and no base model: load both with "
+                "load_finetuned"
+            )
         raise FileNotFoundError(
             f"{str(folder)!r} has no config.json: expected a folder as save_pretrained writes it "
             "(config.json, weights, tokenizer and image processor files)"

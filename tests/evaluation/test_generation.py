@@ -119,7 +119,9 @@ def test_modes_are_restored(lora, processor, picture):
     [
         (["What?", ["fine"]], r"prompts\[0\]: prompt='What\?': expected a list"),
         ([Image.new("RGB", (9, 9)), "What?"], r"one alone is passed as \[\[image, "),
-        (["a.png", Path("b.png")], r"prompts=\['a.png', .*: expected a list of prompts, each a l"),
+        (["a.png", Path("b.png")], r"prompts=\['a.png', \.\.\.\]: pictures alone are rows, \["),
+        ([Image.new("RGB", (9, 9))], r"prompts=\[<PIL.*>\]: pictures alone are rows, \[\{"),
+        ([{"file_name": "a.png"}], r"rows\[0\]: did you mean `image` for `file_name`\?"),
         ([["fine"], []], r"prompts\[1\]: prompt=\[\] is empty"),
         ([[{"path": "no.png"}]], r"'no.png' of prompts\[0\]: there is no such file"),
     ],
@@ -131,20 +133,34 @@ def test_bad_prompts_are_named(base, processor, prompts, message):
 
 
 @pytest.mark.parametrize(
-    "rows", ["a.png", Path("a.png"), Image.new("RGB", (9, 9)), {"image": "a.png"}, b"png"]
+    ("rows", "way"),
+    [
+        *(
+            (one, "one picture: expected a list of rows")
+            for one in ("a.png", Path("a.png"), b"png")
+        ),
+        (Image.new("RGB", (9, 9)), "one picture: expected a list of rows"),
+        ({"image": "a.png"}, "one row: put it into a list"),
+        ({"file_name": "a.png"}, "one row: put it into a list"),
+    ],
 )
-def test_a_single_picture_is_no_rows(base, processor, rows):
-    """The way to pass pictures alone is named; so it is for a list of paths."""
-    for given in (rows, [rows]) if isinstance(rows, (str, Path, bytes)) else (rows,):
-        with pytest.raises((TypeError, ValueError), match=r'rows such as \[\{"image": path\}, '):
-            iq.generate(base, processor, given)
+def test_a_single_picture_is_no_rows(base, processor, rows, way):
+    """The way to pass one is named."""
+    with pytest.raises(TypeError, match=f"prompts=.* is {way}"):
+        iq.generate(base, processor, rows)
+
+
+def test_a_question_is_no_option(base, processor, picture):
+    """It would reach transformers, whose error does not say where a question stands."""
+    with pytest.raises(TypeError, match=r"question='What.*\{\"image\": \.\.\., \"question\": "):
+        iq.generate(base, processor, [{"image": picture}], question="What?")
 
 
 @pytest.mark.parametrize("rows", ["photos", Path("photos")])
 def test_a_path_is_no_rows(base, processor, rows):
     """Its letters are not taken for rows; what reads a folder is named."""
     for use in (iq.evaluate, iq.generate):
-        with pytest.raises(TypeError, match="'?photos.* is no rows: .* read by load_rows"):
+        with pytest.raises(TypeError, match="=.*photos.*: expected a list of rows .* by load_rows"):
             use(base, processor, rows)
 
 

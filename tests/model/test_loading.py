@@ -122,6 +122,16 @@ def test_a_copied_base_folder_loads(tmp_path, processor, examples):
     assert iq.evaluate(model, own, examples[:2])["eval_loss"] > 0
 
 
+def test_other_names_of_what_there_is(tmp_path, monkeypatch):
+    """The embedded base has no Hub id to be asked for, and a run is no base."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"idefics_qlora\.tiny\.load_model\(\)"):
+        iq.load_model("tiny")
+    (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="is a run, .*: load both with load_finetuned"):
+        iq.load_model("run")
+
+
 def test_an_adapter_is_not_a_base(tmp_path):
     """load_model of a checkpoint folder points to load_finetuned."""
     (tmp_path / "adapter_config.json").write_text("{}")
