@@ -180,6 +180,23 @@ def origin(source: Source, access: ImageAccess = DEFAULT_ACCESS) -> list[Any]:
         return ["address", os.fspath(encoded)]
 
 
+def file_name(source: Source) -> str:
+    """What the file of a picture is called, without its folders; empty if that is not known."""
+    given: Any = source
+    if isinstance(given, Image.Image):
+        given = getattr(given, "idefics_qlora_origin", None) or getattr(given, "filename", "")
+    if isinstance(given, Mapping):
+        given = given.get("path")
+    if isinstance(given, list):  # as ``origin`` has it
+        given = given[1] if given[0] in ("file", "url") else ""
+    if not isinstance(given, (str, os.PathLike)):
+        return ""
+    name = os.fsdecode(given)
+    if name.startswith(("http:", "https:")):  # what stands behind the path may be a secret
+        name = re.sub("[?#].*", "", name)
+    return Path(name).name
+
+
 def _sha256(data: bytes | bytearray) -> str:
     return hashlib.sha256(data).hexdigest()
 

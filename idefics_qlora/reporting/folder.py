@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from idefics_qlora.config import TrainConfig
+from idefics_qlora.families import FAMILIES
 from idefics_qlora.model.adapters import RECIPE
 from idefics_qlora.nearby import did_you_mean
 
@@ -20,6 +21,13 @@ LOG, SAMPLES, RESULT = "log.jsonl", "samples.jsonl", "result.json"
 CONFIG, ENVIRONMENT, BAD_ROWS = "config.yaml", "environment.json", "bad_rows.jsonl"
 GALLERY, GALLERY_ROWS = "gallery", "gallery/rows.json"
 REPORT = "report.html"
+
+
+_USUAL = {
+    **{f"lora.{name}": value for name, value in RECIPE.items()},
+    **{"model.quantize": True, "model.base_weights": "4bit"},
+}
+"""Defaults beside those of ``TrainConfig``."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +55,34 @@ class RunFolder:
     def changed(self) -> dict[str, Any]:
         """Settings that are not the defaults, by ``section.name``; all there are of the others."""
         found = {
-            f"{section}.{name}": value
-            for section in ("model", "lora", "data")
-            for name, value in self.settings.get(section, {}).items()
-            if section != "lora" or name not in RECIPE or value != RECIPE[name]
+            name: value
+            for name, value in self._others.items()
+            if name not in _USUAL or value != _USUAL[name]
+            if name != "lora.target_modules" or not _is_of_family(value)
         }
         defaults = {f.name: _plain(f.default) for f in fields(TrainConfig)}
         for name, value in self.settings.get("train", {}).items():
-            if defaults.get(name) is not MISSING and value != defaults.get(name):
+            # What "auto" came to is kept as the precision: it is among the facts.
+            if name == "precision" or defaults.get(name) is MISSING:
+                continue
+            if value != defaults.get(name):
                 found[name] = value
         return found
 
     @property
+    def _others(self) -> dict[str, Any]:
+        """Settings of the base, the adapter and the rows, by ``section.name``."""
+        return {
+            f"{section}.{name}": value
+            for section in ("model", "lora", "data")
+            for name, value in self.settings.get(section, {}).items()
+        }
+
+    @property
     def setting(self) -> dict[str, Any]:
         """All settings, by the same names."""
-        recipe = {f"lora.{name}": value for name, value in RECIPE.items()}
         train = {f.name: _plain(f.default) for f in fields(TrainConfig)}
-        return {**recipe, **train, **self.settings.get("train", {}), **self.changed}
+        return {**_USUAL, **train, **self.settings.get("train", {}), **self._others}
 
 
 def read_run(path: Path) -> RunFolder:
@@ -110,6 +129,12 @@ def number(value: Any) -> float | None:
 def mappings(value: Any) -> list[dict[str, Any]]:
     """The mappings in what should be a list of them."""
     return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+
+
+def _is_of_family(modules: Any) -> bool:
+    """Whether LoRA is in those modules that a family names for it, as without a choice."""
+    named = sorted(map(str, modules)) if isinstance(modules, (list, set)) else []
+    return any(named == sorted(family.lora_targets) for family in FAMILIES.values())
 
 
 def _plain(value: Any) -> Any:

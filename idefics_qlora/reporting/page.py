@@ -32,6 +32,8 @@ POINTS = 2400
 MOST_CHARTS = 18
 MOST_BAD_ROWS = 20
 COLOURS = 6
+EMBEDDED = ("idefics_qlora", "tiny", "base")
+"""The last names of the embedded base's folder."""
 
 
 def report(*runs: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
@@ -120,8 +122,8 @@ def _run(label: str, run: RunFolder, pictures: Pictures, num_runs: int) -> dict[
             for row in run.bad_rows[:MOST_BAD_ROWS]
         ],
         "num_bad_rows": len(run.bad_rows),
-        "settings": [(name, _short(value)) for name, value in run.changed.items()],
-        "environment": list(_flat(run.environment)),
+        "settings": [(name, _setting(value)) for name, value in run.changed.items()],
+        "environment": _environment(run),
     }
 
 
@@ -197,11 +199,26 @@ def _differences(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """Settings that are not the same in all runs, with the value of each."""
     names = dict.fromkeys(name for run in runs for name in run.setting)
     return [
-        {"name": name, "values": [_short(run.setting.get(name, "-")) for run in runs]}
+        {"name": name, "values": [_setting(run.setting.get(name, "-")) for run in runs]}
         for name in names
         if name != "output_dir"
         if any(run.setting.get(name) != runs[0].setting.get(name) for run in runs)
     ]
+
+
+def _setting(value: Any) -> str:
+    """A setting's value; of a path of this machine its last name, for pages are sent around."""
+    path = Path(value) if isinstance(value, str) else Path()
+    if path.is_absolute():
+        return "the embedded tiny base" if path.parts[-3:] == EMBEDDED else _short(path.name)
+    return _short(value)
+
+
+def _environment(run: RunFolder) -> list[tuple[str, str]]:
+    """Names and values; CUDA's version is that of the library, also where there is no GPU."""
+    named = {"versions cuda": "versions torch built for CUDA"}
+    found = [(named.get(name, name), value) for name, value in _flat(run.environment)]
+    return [*found, ("gpus", "none")] if run.environment.get("gpus") == [] else found
 
 
 def _short(value: Any) -> str:

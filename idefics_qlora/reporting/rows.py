@@ -130,6 +130,7 @@ def _entry(raw: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     return {
         "row": str(raw.get("row")),
+        "files": [name for name in _list(raw.get("files")) if isinstance(name, str) and name],
         "images": _list(raw.get("images"))[:MOST_IMAGES],
         "more_images": int(number(raw.get("more_images")) or 0),
         "seen": _sizes(raw.get("seen")),
@@ -149,6 +150,7 @@ def _shown(entry: Mapping[str, Any], run: RunFolder, pictures: Pictures) -> dict
     """What a row is, for the page."""
     return {
         "row": entry["row"],
+        "files": ", ".join(map(_cut, entry["files"][:MOST_IMAGES])),
         "prompt": _cut(entry["prompt"]),
         "right": [_cut(text) for text in entry["right"][:5]],
         "images": [pictures.of(run.path, name) for name in entry["images"]],
@@ -198,7 +200,7 @@ def _said(entry: Mapping[str, Any], run: RunFolder) -> list[tuple[str, str]]:
 
 def _marked(text: str, right: Sequence[str]) -> dict[str, Any]:
     found = marked(_cut(text), right)
-    return {"parts": found.parts, "num_right": found.num_right, "num_words": found.num_words}
+    return vars(found)
 
 
 def _cut(text: str) -> str:

@@ -50,6 +50,7 @@ def facts(run: RunFolder) -> list[tuple[str, str]]:
         ("time", _time(number(metrics.get("train_runtime")))),
         ("peak memory", _bytes(number(metrics.get("peak_memory_bytes")))),
         ("micro-batch", metrics.get("micro_batch_size")),
+        ("precision", _precision(run)),
         ("rows left out", len(run.bad_rows)),
     ]
     return [(name, shown(value)) for name, value in found if value is not None]
@@ -163,6 +164,11 @@ def _best(run: RunFolder, evaluations: Sequence[dict[str, Any]]) -> dict[str, An
     of_best = [r for r in evaluations if f"checkpoint-{r['step']}" == run.best]
     found = of_best or list(evaluations)
     return found[-1] if found else None
+
+
+def _precision(run: RunFolder) -> str | None:
+    precision = run.setting["precision"]
+    return None if precision == "auto" else str(precision)
 
 
 def _last(run: RunFolder, key: str) -> float | None:

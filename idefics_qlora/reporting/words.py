@@ -33,6 +33,8 @@ class Marked:
     num_right: int
     num_words: int
     """Words of the right text."""
+    num_too_many: int
+    """By how many words the text is longer than the right one."""
 
 
 def marked(said: str, right: Sequence[str]) -> Marked:
@@ -54,7 +56,7 @@ def _share(text: Marked) -> float:
 
 def _marked(said: str, right: str) -> Marked:
     words, rest = _words(said)
-    wanted, _ = _words(right)
+    wanted, wanted_rest = _words(right)
     keys, wanted_keys = [_key(w) for w in words], [_key(w) for w in wanted]
     parts: list[Part] = []
     num_right = 0
@@ -71,7 +73,8 @@ def _marked(said: str, right: str) -> Marked:
             parts.append(Part("missing", " ".join(wanted[c:d]) if few else f"{d - c} words"))
     if rest:
         parts.append(Part("rest", f"... ({rest} more words)"))
-    return Marked(parts, num_right, len(wanted))
+    too_many = max(0, len(words) + rest - len(wanted) - wanted_rest)
+    return Marked(parts, num_right, len(wanted), too_many)
 
 
 def _words(text: str) -> tuple[list[str], int]:

@@ -22,9 +22,10 @@ import torch
 from PIL import Image
 
 from idefics_qlora.data.checks import items_of
-from idefics_qlora.data.example import PromptItem, Turn
+from idefics_qlora.data.example import PromptItem, Turn, prompt_images
 from idefics_qlora.durable import CheckpointError, json_mapping, read_whole, write_whole
 from idefics_qlora.evaluation.samples import Sample, captions, read_samples
+from idefics_qlora.images.opening import file_name
 from idefics_qlora.model.adapters import without_adapter
 from idefics_qlora.reporting.folder import GALLERY, GALLERY_ROWS
 from idefics_qlora.training.inputs import Inputs
@@ -158,6 +159,7 @@ class Gallery:
                 "row": row.name,
                 "index": row.index,
                 "images": files,
+                "files": [*map(file_name, prompt_images(row.example.prompt)[:MOST_IMAGES])],
                 "more_images": len(row.pixels) - len(images),
                 "seen": [[p.shape[2], p.shape[1]] for p in row.pixels[:MOST_IMAGES]],
                 "prompt": "\n".join(i for i in items_of(row.example.prompt) if isinstance(i, str)),

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 from helpers import encoded
+from PIL import Image
 
 import idefics_qlora as iq
-from idefics_qlora.images.opening import open_image
+from idefics_qlora.images.opening import file_name, mark_origin, open_image
 
 
 def test_every_kind_of_source_gives_the_same_picture(picture, tmp_path):
@@ -62,3 +63,20 @@ def test_other_addresses_are_not_taken_for_paths(source, picture, tmp_path, monk
     with pytest.raises(iq.BadImage, match=r"expected an http\(s\) URL, or a plain file path"):
         open_image(source)
     assert open_image(Path(source)).size == picture.size
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (Path("cats/a #1.png"), "a #1.png"),
+        ({"bytes": b"x", "path": "cats/a.png"}, "a.png"),
+        ({"bytes": b"x", "path": None}, ""),
+        ("https://example.com/cats/a.png?token=secret#x", "a.png"),
+        (Image.new("RGB", (4, 4)), ""),
+        (mark_origin(Image.new("RGB", (4, 4)), Path("cats/a.png")), "a.png"),
+        (mark_origin(Image.new("RGB", (4, 4)), ["file", "a.png", 7]), "a.png"),
+    ],
+)
+def test_what_a_file_is_called(source, name):
+    """For people, who look for a picture of a page: without its folders, or what is secret."""
+    assert file_name(source) == name

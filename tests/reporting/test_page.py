@@ -139,6 +139,39 @@ def test_a_short_run_says_of_what_its_points_are(tmp_path):
     assert "training (mean of 2 steps)" in page.text  # also where it is the only curve
 
 
+def test_what_is_as_usual_is_not_listed(tmp_path):
+    """Of base and adapter, too; a folder of this machine is known by its last name, CUDA as what
+    torch was built for, and a row by its pictures' files."""
+    rows = [entry(0, files=["cat.png", "", 7], text="A red box, and more of it."), entry(1)]
+    folder = write_run(tmp_path / "run", training(), gallery={"step": 8, "rows": rows})
+    settings = {
+        "model": {"base": str(iq.tiny.BASE), "quantize": True, "base_weights": "4bit"},
+        "lora": {"r": 8, "lora_alpha": 32, "target_modules": ["k_proj", "q_proj", "v_proj"]},
+        "train": {"output_dir": "x", "precision": "fp32", "resume": "/home/me/runs/checkpoint-4"},
+    }
+    (folder / "config.yaml").write_text(json.dumps(settings))
+    (folder / "environment.json").write_text('{"versions": {"cuda": "13.2"}, "gpus": []}')
+    text = page_of(folder).text
+    for usual in (
+        "model.quantize",
+        "base_weights",
+        "lora_alpha",
+        "target_modules",
+        "/home",
+        "/tiny",
+    ):
+        assert usual not in text, usual
+    for other in (
+        *("model.base the embedded tiny base", "lora.r 8", "resume checkpoint-4"),
+        *("precision fp32", "torch built for CUDA 13.2", "gpus none", "eval_rows[0] cat.png"),
+        "3 of 3 words, 4 too many",
+    ):
+        assert other in text, other
+    plain = write_run(tmp_path / "plain", training())
+    (plain / "config.yaml").write_text('{"model": {"base": "a/b", "quantize": false}}')
+    assert "model.quantize True False" in page_of(folder, plain).text
+
+
 def test_values_that_are_not_finite(tmp_path):
     """NaN and infinite losses and metrics are told, and do not spoil the curves."""
     log = [

@@ -41,6 +41,15 @@ def test_the_closest_right_text_counts():
     assert (found.num_right, found.num_words) == (2, 3)
 
 
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [("A red box.", 0), ("A box.", 0), ("A red box. " * 3, 6), ("x " * 500, 497)],
+)
+def test_words_that_are_too_many_are_counted(said, number):
+    """An answer that has all that is right, and much more, is not a good one."""
+    assert marked(said, ["A red box."]).num_too_many == number
+
+
 def test_long_texts_are_cut():
     """A text of a document is compared at its beginning, and its missing words are counted."""
     found = marked("x " * 1000, ["y " * 1000])

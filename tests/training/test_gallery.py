@@ -67,8 +67,10 @@ def test_how_rows_ask_is_kept(lora, processor, cards, tmp_path):
     """The question, if a prompt is pictures and one text behind them, and whether it is a turn of a
     dialogue: a page asks the same way of other pictures."""
     picture = cards[0]["image"]
+    file = tmp_path / "a cat.png"
+    picture.save(file)
     prompts = [
-        [picture, picture, "Which?"],
+        [file, picture, "Which?"],
         [iq.Turn("user", [picture, "Which?"])],
         [iq.Turn("system", "Be brief."), iq.Turn("user", [picture, "Which?"])],
         ["Here:", picture, "Which?"],
@@ -76,6 +78,7 @@ def test_how_rows_ask_is_kept(lora, processor, cards, tmp_path):
     held_out = [iq.Example(prompt, " This.") for prompt in prompts]
     train(lora, processor, held_out, held_out, tmp_path / "run", None, max_steps=2)
     rows = kept(tmp_path / "run")["rows"]
+    assert rows[0]["files"] == ["a cat.png", ""]
     assert [row["question"] for row in rows] == ["Which?", "Which?", None, None]
     assert [row["dialogue"] for row in rows] == [False, True, True, False]
 
