@@ -41,6 +41,7 @@ _CALLS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
         "scores are asked for by --metrics, such as --metrics cider for eval_cider",
     ),
     (r"\bthe to_example function\b", "data.answer, the template of what is learnt"),
+    (r"^indices=", "--rows "),
     (r"\bpass eval_rows\b", "pass --data.eval"),
     (r"\b(train|eval)_rows\b", r"data.\1"),
 )

@@ -13,6 +13,7 @@ import csv
 import functools
 import glob
 import io
+import itertools
 import json
 import os
 import shlex
@@ -96,6 +97,13 @@ def _overview(arguments: list[str]) -> int:
         commands.add_subcommand(name, inner, help=command.about)
     if not arguments:
         parser.print_help(sys.stderr)
+        return WRONG
+    if not arguments[0].startswith("-"):
+        from idefics_qlora.nearby import nearest
+
+        meant = nearest(arguments[0], COMMANDS)
+        way = f"did you mean {meant}?" if meant else f"there are {', '.join(COMMANDS)}"
+        print(f"{PROG}: {arguments[0]!r} is no command: {way}", file=sys.stderr)
         return WRONG
     parser.parse_args(arguments)  # prints and exits
     return WRONG
@@ -233,14 +241,14 @@ def _memory(arguments: list[str]) -> int:
     from idefics_qlora.model.memory import estimate_memory
     from idefics_qlora.settings import base_of, wrong
 
-    values = _memory_parser().parse_args(arguments).as_dict()
+    values = _parsed("memory", arguments).as_dict()
     with wrong():
         print(estimate_memory(base_of(values.pop("checkpoint")), **values))
     return DONE
 
 
 def _report(arguments: list[str]) -> int:
-    values = _report_parser().parse_args(arguments)
+    values = _parsed("report", arguments)
 
     from idefics_qlora.reporting.page import report
     from idefics_qlora.settings import wrong
@@ -345,7 +353,7 @@ def _sources(named: Sequence[str]) -> Iterator[str]:
 
 
 def _merge(arguments: list[str]) -> int:
-    values = _merge_parser().parse_args(arguments).as_dict()
+    values = _parsed("merge", arguments).as_dict()
 
     from idefics_qlora.model.precision import DTYPES
     from idefics_qlora.settings import base_of, wrong
@@ -364,7 +372,7 @@ def _merge(arguments: list[str]) -> int:
 
 
 def _push(arguments: list[str]) -> int:
-    values = _push_parser().parse_args(arguments).as_dict()
+    values = _parsed("push", arguments).as_dict()
 
     from idefics_qlora.settings import wrong
     from idefics_qlora.sharing.push import planned
@@ -380,7 +388,7 @@ def _push(arguments: list[str]) -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    values = _demo_parser().parse_args(arguments).as_dict()
+    values = _parsed("demo", arguments).as_dict()
 
     from idefics_qlora.settings import base_of, wrong
     from idefics_qlora.sharing.demo import demo
@@ -411,6 +419,22 @@ def _told(command: str, arguments: list[str]) -> Told:
         NEEDED[command],
         command == "generate",
     )
+
+
+def _parsed(command: str, arguments: list[str]) -> Any:
+    """The values of a command without sections; an option that there is not is told by a like."""
+    from idefics_qlora.nearby import nearest
+    from idefics_qlora.told import COMMAND_LINE, SettingsError
+
+    parser = COMMANDS[command].parser()
+    known = parser._option_string_actions
+    for argument in itertools.takewhile(lambda each: each != "--", arguments):
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            meant = nearest(name, known)
+            way = f"did you mean {meant}?" if meant else f"there are {', '.join(known)}"
+            raise SettingsError([f"{COMMAND_LINE}: {name} is no option: {way}"])
+    return parser.parse_args(arguments)
 
 
 def _fields(command: str) -> dict[str, Field]:
@@ -489,7 +513,7 @@ def _memory_parser() -> ArgumentParser:
 
     from idefics_qlora.model.memory import add_arguments
 
-    parser = ArgumentParser(prog=f"{PROG} memory")
+    parser = ArgumentParser(prog=f"{PROG} memory", allow_abbrev=False)
     add_arguments(parser)
     return parser
 
@@ -498,7 +522,7 @@ def _merge_parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     about = "Write a model that needs no adapter: the base in 16 bits with the adapter in it."
-    parser = ArgumentParser(prog=f"{PROG} merge", description=about)
+    parser = ArgumentParser(prog=f"{PROG} merge", description=about, allow_abbrev=False)
     parser.add_argument("checkpoint", type=str, help="a run's folder, or a checkpoint-N of it")
     parser.add_argument("output", type=str, help="the folder to be made")
     dtypes = Literal["fp16", "bf16", "fp32"] | None
@@ -515,7 +539,7 @@ def _merge_parser() -> ArgumentParser:
 def _report_parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=f"{PROG} report")
+    parser = ArgumentParser(prog=f"{PROG} report", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=str, help="folders of runs")
     parser.add_argument(
         "--output", type=str | None, help="the page; left out: report.html in the run's folder"
@@ -527,7 +551,7 @@ def _push_parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     about = "Upload an adapter, or what merge wrote, to the Hub, with a model card."
-    parser = ArgumentParser(prog=f"{PROG} push", description=about)
+    parser = ArgumentParser(prog=f"{PROG} push", description=about, allow_abbrev=False)
     help_of_checkpoint = "a run's folder, a checkpoint-N of it, or a merged model's"
     parser.add_argument("checkpoint", type=str, help=help_of_checkpoint)
     parser.add_argument("repo_id", type=str, help="where to, such as me/name")
@@ -544,7 +568,7 @@ def _demo_parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     about = "Serve a page on this machine: pictures and a question, base and adapter side by side."
-    parser = ArgumentParser(prog=f"{PROG} demo", description=about)
+    parser = ArgumentParser(prog=f"{PROG} demo", description=about, allow_abbrev=False)
     parser.add_argument("checkpoint", type=str, help="a run's folder, or a checkpoint-N of it")
     help_of_base = "Hub id or folder of the base; left out: the adapter's"
     parser.add_argument("--base", type=str | None, help=help_of_base)

@@ -146,7 +146,7 @@ def parser_of(
     needed: tuple[str, ...],
 ) -> ArgumentParser:
     """The parser of a command with these fields; its help leaves the hidden ones out."""
-    parser = ArgumentParser(prog=prog, description=about)
+    parser = ArgumentParser(prog=prog, description=about, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with these settings")
     groups: dict[str, Any] = {}
     for name, each in fields.items():

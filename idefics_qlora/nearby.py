@@ -1,10 +1,16 @@
-"""What a path that leads nowhere may have meant."""
+"""What a path that leads nowhere, or a name that there is not, may have meant."""
 
 from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of these names that is most like another, if any is."""
+    return next(iter(difflib.get_close_matches(name, [*names], n=1, cutoff=0.6)), None)
 
 
 def did_you_mean(path: str | os.PathLike[str]) -> str:

@@ -229,8 +229,9 @@ class Told:
                 else:
                     first = None
                     break
-            if first is not None:
-                self.problems.append(str(first))
+            said = str(first).partition(": ")[2]
+            if first is not None and not any(each.endswith(f": {said}") for each in self.problems):
+                self.problems.append(str(first))  # once: the rows of both kinds may have the fault
 
     def check_base(self) -> None:
         """See that there is such a base, without loading it."""

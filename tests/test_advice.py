@@ -70,6 +70,7 @@ TRAIN += ("train.num_workers", "train.precision", "output", "question", "data.qu
         ("command line: metrics='x': expected", None),
         ("train.eval_steps=3: expected", None),
         ("train: eval_steps=3: expected", "train.eval_steps=3: expected"),
+        ("indices=[0, 77]: expected", "--rows [0, 77]: expected"),
         ("say it with question='Why?'", None),
     ],
 )

@@ -433,6 +433,16 @@ def test_rows_are_looked_at_before_a_base_is_loaded(here, capsys):
     )
 
 
+def test_a_mistyped_column_of_both_kinds_of_rows_is_one_problem(here, capsys):
+    """It is the template's fault, and told once, with the column that may be meant."""
+    Image.new("RGB", (64, 64)).save("a.png")
+    Path("rows.csv").write_text("file_name,text\na.png,A fox.\n")
+    kinds = ["--data.train", "rows.csv", "--data.eval", "rows.csv", "--data.answer", " {txt}"]
+    (problem,) = problems_of(capsys, "train", "--config", "run.yaml", *kinds)
+    assert problem.startswith("data.train[0]: column 'txt', which answer=' {txt}' asks for")
+    assert problem.endswith(": did you mean {text}?")
+
+
 def test_the_pictures_column_is_told(here, capsys):
     """`--data.image` finds pictures beside the file, as `file_name` would."""
     Path("cards").mkdir()

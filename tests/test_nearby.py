@@ -55,3 +55,17 @@ def test_whatever_reads_a_folder_says_so(here, capsys):
     assert "--config run.yml: No such file or directory (did you mean 'run.yaml'?): exp" in told
     assert "photo: there is no such file or folder (did you mean 'photos'?)" in told
     assert "adapter='runs/mien': is no folder (did you mean 'runs/mine'?)" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["trian"], "'trian' is no command: did you mean train?"),
+        (["merge", "run", "out", "--dtyp", "fp16"], "--dtyp is no option: did you mean --dtype?"),
+        (["report", "run", "--x"], "--x is no option: there are -h, --help, --output"),
+    ],
+)
+def test_commands_and_options_too(capsys, arguments, told):
+    """A part of a name is no option, since it may be that of another tomorrow."""
+    assert cli.main(arguments) == 2
+    assert told in capsys.readouterr().err

@@ -110,8 +110,14 @@ class BadRows:
         where = "" if self.ledger is None else f"; all of them are in {self.ledger}"
         raise ValueError(
             f"{num_bad} of {num_seen} rows seen cannot be read, more than {MAX_BAD_SHARE:.0%}"
-            f"{where}. The first:\n{first}\nMend the rows, or the to_example function"
+            f"{where}. The first:\n{first}\n{self._way()}"
         )
+
+    def _way(self) -> str:
+        """What to do, by the faults."""
+        if all("there is no such file" in reason for reason in self.reasons.values()):
+            return "Mend the paths, put the pictures there, or leave these rows out"
+        return "Mend the rows, or the to_example function, or leave these rows out"
 
 
 @dataclass(frozen=True)

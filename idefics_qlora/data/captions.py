@@ -12,6 +12,7 @@ from typing import Any
 
 from idefics_qlora.data.example import PICTURE_ENDING, Example, open_value
 from idefics_qlora.images.access import ImageAccess
+from idefics_qlora.nearby import nearest
 
 IMAGE_COLUMNS = ("image", "image_path", "image_url")
 """Where a row's one picture is looked for."""
@@ -163,9 +164,10 @@ def _fill(name: str, template: str, row: Mapping[str, Any]) -> str:
         if column is None:
             continue
         if column not in row:
+            meant = nearest(column, row)
             raise ValueError(
                 f"column {column!r}, which {name}={template!r} asks for, is missing; the row has "
-                f"{sorted(row)}"
+                f"{sorted(row)}" + (f": did you mean {{{meant}}}?" if meant else "")
             )
         value = row[column]
         if not isinstance(value, (str, Real)) or value != value:  # NaN, as pandas marks a gap

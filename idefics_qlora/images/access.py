@@ -154,7 +154,9 @@ def find_file(source: str | os.PathLike[str], access: ImageAccess) -> Path:
     except BadImage:
         raise
     except FileNotFoundError:
-        raise BadImage(name, f"there is no such file (looked for {path.absolute()})") from None
+        told = os.fspath(source) == str(path.absolute())
+        looked = "" if told else f" (looked for {path.absolute()})"
+        raise BadImage(name, f"there is no such file{looked}") from None
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL in the name, ...
         raise BadImage(name, getattr(error, "strerror", None) or str(error)) from error
 

@@ -8,6 +8,7 @@ import pytest
 from helpers import config_of, warnings_of
 
 import idefics_qlora as iq
+from idefics_qlora.data.bad_rows import BadRows
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.data.order import Windows, epoch_order
 from idefics_qlora.data.rows import RowReader
@@ -85,6 +86,19 @@ def test_too_many_bad_rows_stop_the_run(base, processor, examples, tmp_path):
     assert "no known format" in str(caught.value)
     assert "bad_rows.jsonl" in str(caught.value)
     assert iq.latest_checkpoint(tmp_path) is not None
+
+
+def test_the_way_out_fits_the_fault(processor, tmp_path):
+    """Of pictures that are not there no function is to blame; their path is told once."""
+    path = tmp_path / "gone.png"
+    reader = RowReader([{"image": path, "text": "A"}], "train_rows", None, Collator(processor))
+    _, bad = reader.first_rows([0], 1)
+    rows = BadRows("skip")
+    rows.note(bad)
+    with pytest.raises(ValueError, match="put the pictures there, or leave these") as caught:
+        rows.check_share(1, 4)
+    assert str(caught.value).count("gone.png") == 1
+    assert "to_example" not in str(caught.value)
 
 
 def test_evaluation_leaves_bad_rows_out(base, processor, rows):
