@@ -69,11 +69,11 @@ def test_the_tutorial_runs_offline(bases, family, served_cards, tmp_path, capsys
     assert load_file(result.best_checkpoint / "adapter_model.safetensors")
 
     pictures = [str(path) for path in sorted((tmp_path / "pictures").iterdir())[:2]]
-    adapter = ["--adapter", str(result.best_checkpoint)]
+    adapter = ["--adapter", str(tmp_path / "run")]  # of which it takes the best
     texts = describe_image.main([*pictures, *adapter, "--max-new-tokens", "5"])
     assert len(texts) == 2
     assert pictures[1] in capsys.readouterr().out
-    texts = describe_image.main([pictures[0], "--checkpoint", "tiny", "--max-new-tokens", "5"])
+    texts = describe_image.main([pictures[0], "--base", "tiny", "--max-new-tokens", "5"])
     assert len(texts) == 1
 
 
