@@ -383,7 +383,7 @@ def _push(arguments: list[str]) -> int:
         print(upload, flush=True)
         if not dry_run:
             upload.send()
-            print(f"uploaded: {upload.url}")
+        print("nothing was sent" if dry_run else f"uploaded: {upload.url}")
     return DONE
 
 
@@ -558,7 +558,9 @@ def _push_parser() -> ArgumentParser:
     help_of_private = "whether only you shall see it"
     parser.add_argument("--private", type=bool, default=True, help=help_of_private)
     help_of_dry_run = "show what would be uploaded, and end"
-    parser.add_argument("--dry_run", type=bool, default=False, help=help_of_dry_run)
+    parser.add_argument(
+        "--dry_run", type=bool, nargs="?", const=True, default=False, help=help_of_dry_run
+    )
     help_of_base = "Hub id of the base, if the adapter was trained on a local folder"
     parser.add_argument("--base", type=str | None, help=help_of_base)
     return parser

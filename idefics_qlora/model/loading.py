@@ -363,6 +363,11 @@ def read_adapter(
 def _adapter_folder(folder: Path) -> Path:
     """The folder itself, or of a run's the best checkpoint, or the newest."""
     if (folder / ADAPTER).is_file() or (newest := latest_checkpoint(folder)) is None:
+        if not (folder / ADAPTER).is_file() and (runs := _runs_in(folder)):
+            raise FileNotFoundError(
+                f"{folder} is no run, but holds {len(runs)}: name one of them, such as "
+                f"{', '.join(str(run) for run in runs[:5])}"
+            )
         return folder
     if (best := best_checkpoint(folder, newest)) is not None:
         logger.info("%s: the best checkpoint is %s", folder, best.name)
@@ -372,6 +377,15 @@ def _adapter_folder(folder: Path) -> Path:
         *(folder, newest.name),
     )
     return newest
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The runs in a folder that is none itself."""
+    runs: list[Path] = []
+    with contextlib.suppress(OSError):  # no folder, or one in it that must not be read
+        if not checkpoints(folder):
+            runs += (path for path in sorted(folder.iterdir()) if checkpoints(path))
+    return runs
 
 
 def load_config(

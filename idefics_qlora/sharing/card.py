@@ -1,6 +1,7 @@
 """The model card: what an adapter or a merged model is, how it came about, and how to load it.
 
-No card has the name of a folder, a user or a host: bases are named by their Hub id or not at all.
+No card has the name of a user, a host or a folder, but for the last one of what ``merge`` makes:
+bases are named by their Hub id or not at all.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ TEMPLATE = """\
 # {{ name }}
 
 {% if facts.is_merged %}\
-{{ base_link }}, fine-tuned on pictures and texts: a LoRA adapter merged into its weights\
+{{ base_link[0] | upper }}{{ base_link[1:] }}, fine-tuned on pictures and texts: \
+a LoRA adapter merged into its weights\
 {% if facts.dtype %} ({{ facts.dtype }}){% endif %}. No adapter is needed.
 {% else %}\
 A LoRA adapter for {{ base_link }}, fine-tuned on pictures and texts.
@@ -284,7 +286,13 @@ on pictures of another kind expect less. The limits and the licence of the base 
 
 
 def model_card(
-    facts: Facts, source: str, *, is_on_hub: bool, pictures: str, license: str | None = None
+    facts: Facts,
+    source: str,
+    *,
+    is_on_hub: bool,
+    pictures: str,
+    license: str | None = None,
+    name: str | None = None,
 ) -> str:
     """The text of ``README.md``.
 
@@ -294,8 +302,9 @@ def model_card(
         is_on_hub: Which of the two it is.
         pictures: Folder of the samples' pictures, as seen from the card; with a slash at its end.
         license: The base's, as the Hub names it.
+        name: What the model is called; by default as its source.
     """
-    name = source.rpartition("/")[2]
+    name = source.rpartition("/")[2] if name is None else name
     results = [
         EvalResult(
             task_type="image-text-to-text",

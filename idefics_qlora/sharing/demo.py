@@ -174,7 +174,7 @@ def _page(pair: SideBySide, asked: Asked, name: str, max_new_tokens: int) -> Any
                     label="Question",
                     value=asked.question,
                     placeholder="" if asked.question or not asked.rows else asked.rows[0].question,
-                    info="Behind the pictures, as in training.",
+                    info="Stands behind the pictures; as in training it is answered best.",
                     max_lines=6,
                     elem_id="question",
                 )
@@ -230,7 +230,7 @@ def _rows(asked: Asked) -> Any:
     columns: dict[str, tuple[Any, list[Any]]] = {
         "Pictures": (gr.Gallery, [[*map(str, row.images)] for row in asked.rows]),
         "Question": (gr.Textbox, [row.question for row in asked.rows]),
-        "To be said": (gr.Textbox, [row.right for row in asked.rows]),
+        "Right text": (gr.Textbox, [row.right for row in asked.rows]),
     }
     if asked.question:
         del columns["Question"]
@@ -249,7 +249,7 @@ def _told(lines: list[str], right: str = "") -> str:
     """Lines for who asks, and what was to be said; empty without any."""
     shown = "".join(f"<p>{escape(line)}</p>" for line in lines)
     alert = f'<div role="alert">{shown}</div>' if shown else ""
-    return alert + (f'<p class="right">To be said: {escape(right)}</p>' if right else "")
+    return alert + (f'<p class="right">Right text: {escape(right)}</p>' if right else "")
 
 
 def _application(page: Any, folders: list[str]) -> Any:

@@ -68,7 +68,11 @@ class Proof:
     """Why there is none."""
 
     def __str__(self) -> str:
+        sound = "the merge is sound: equal to the adapter on the 16-bit base to rounding"
+        if self.same_choice is not None:
+            sound += f"; on the 4-bit base {self.same_choice:.1%} of next tokens are the same"
         lines = [
+            sound,
             f"logits, on {len(self.pictures)} picture{'s' * (len(self.pictures) > 1)}:",
             f"  adapter against base: {self.effect:.2%} apart",
             f"  merged against adapter on the 16-bit base: {self.rounding:.3%} (rounding)",
@@ -162,7 +166,7 @@ def merge(
         raise ValueError(f"dtype={dtype}: expected {', '.join(map(str, ROUNDING))}")
     with whole_folder(target) as temporary:
         weights.write(temporary, dtype)
-        _describe(adapter, temporary, dtype)
+        _describe(adapter, temporary, dtype, target.name)
         changed = weights.num_changed, len(weights.adapted), weights.kept
         proof = None
         if verify:
@@ -178,21 +182,21 @@ def merge(
     return Merged(target, dtype, *changed, proof)
 
 
-def _describe(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
+def _describe(adapter: Adapter, folder: Path, dtype: torch.dtype, name: str) -> None:
     """Write the model card, the facts that it was made of, and the samples' pictures."""
     config = json_mapping(file := adapter.folder / ADAPTER_CONFIG, read_whole(file))
-    for known, revision in (
+    for given, revision in (
         (adapter.base, adapter.base_revision),
         (adapter.recorded_base, adapter.recorded_revision),
     ):
-        if (name := hub_name(os.fspath(known), revision))[0] is not None:
+        if (known := hub_name(os.fspath(given), revision))[0] is not None:
             break
     facts = facts_of(
         config,
         adapter.state,
         is_merged=True,
-        base=name[0],
-        base_revision=name[1],
+        base=known[0],
+        base_revision=known[1],
         dtype=str(dtype).removeprefix("torch."),
     )
     there = {path.name: path for path in (adapter.folder.parent / "eval_samples").glob("*.png")}
@@ -200,7 +204,8 @@ def _describe(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
     for image in (image for sample in facts.samples for image in sample["images"]):
         (folder / PICTURES).mkdir(exist_ok=True)
         shutil.copyfile(there[image], folder / PICTURES / image)
-    card = model_card(facts, "folder-of-this-file", is_on_hub=False, pictures=PICTURES)
+    source = "folder-of-this-file"
+    card = model_card(facts, source, is_on_hub=False, pictures=PICTURES, name=name)
     (folder / CARD).write_text(card, encoding="utf-8")
     (folder / SHARED).write_bytes(json_bytes(vars(facts)))
 

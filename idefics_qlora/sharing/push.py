@@ -48,7 +48,7 @@ class Upload:
         lines = [f"{self.repo_id} ({kind}), {len(self.files)} files:"]
         for path, content in self.files.items():
             size = len(content) if isinstance(content, bytes) else content.stat().st_size
-            lines.append(f"  {size / 1e6:10.3f} MB  {path}")
+            lines.append(f"  {_size(size):>10}  {path}")
         if self.base:
             lines.append(self.base)
         return "\n".join(lines)
@@ -189,6 +189,13 @@ def planned(
         if _TOKEN.search(content if isinstance(content, bytes) else _text(content)):
             raise ValueError(f"{path} would hold what looks like an access token of the Hub")
     return Upload(repo_id, private, files, told)
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} bytes"
 
 
 def _text(file: Path) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from PIL import Image
 from torch import Tensor
 from transformers import StoppingCriteria
 
@@ -78,7 +79,10 @@ def _asked(run: RunFolder) -> Asked:
     whole = {sample.get("row"): sample for sample in run.samples}  # those of the last evaluation
     rows = []
     for entry in entries:
-        images = _pictures(run.path, whole.get(entry.get("row"), {})) or _pictures(run.path, entry)
+        kept = _pictures(run.path, entry)
+        images = _pictures(run.path, whole.get(entry.get("row"), {})) or kept
+        if len(kept) == len(images) and any(map(_is_squeezed, images, kept)):
+            images = kept  # the model squeezes them itself
         same_way = (entry.get("dialogue") is True) == is_dialogue
         if images and same_way and not (entry.get("more_images") and images[0].suffix == ".webp"):
             right = entry.get("right")
@@ -110,6 +114,18 @@ def _pictures(run: Path, entry: dict[str, Any]) -> tuple[Path, ...]:
     if not all(file.is_relative_to(folder) and file.is_file() for file in files):
         return ()
     return tuple(files)
+
+
+def _is_squeezed(file: Path, kept: Path) -> bool:
+    """Whether a picture has other proportions than as the row has it."""
+    wide = []
+    for each in (file, kept):
+        with (
+            suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError),
+            Image.open(each, formats=("PNG", "WEBP")) as picture,
+        ):
+            wide.append(picture.width / picture.height)
+    return len(wide) == 2 and not 0.9 < wide[0] / wide[1] < 1.1
 
 
 @dataclass(frozen=True)

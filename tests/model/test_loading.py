@@ -100,6 +100,13 @@ def test_errors_of_loading(tmp_path):
         iq.load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is missing"):
         iq.load_finetuned(tmp_path)
+    for name in ("b", "a"):
+        (tmp_path / "runs" / name / "checkpoint-2").mkdir(parents=True)
+    runs = tmp_path / "runs"
+    with pytest.raises(
+        FileNotFoundError, match=f"is no run, but holds 2: .* such as {runs}/a, {runs}/b$"
+    ):
+        iq.load_finetuned(runs)
 
 
 def test_too_little_gpu_memory_says_how_much_was_free(monkeypatch):

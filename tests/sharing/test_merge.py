@@ -121,10 +121,13 @@ def test_a_run_is_merged_by_the_command(lora, processor, cards, tmp_path, capsys
     run, out = str(tmp_path / "run"), str(tmp_path / "out")
     assert cli.main(["merge", run, out, "--dtype", "fp16", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
+    assert "the merge is sound: equal to the adapter on the 16-bit base to rounding; on the" in told
     assert "merged against adapter on the 16-bit base: 0.0" in told
     assert "merged against adapter on the 4-bit base: " in told
     assert told.count("\n  merged: ") == 2
     assert "row-0-image-0.png" in told
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.text.strip().startswith("# out\n\nA base that is not on the Hub, fine-tuned")
     model, own = iq.load_model(out, device="cpu", quantize=False)
     assert iq.generate(model, own, [[cards[0]["image"], "Who?"]], max_new_tokens=2)
     assert cli.main(["merge", run, out]) == 2

@@ -30,14 +30,18 @@ def texts_of(upload):
 def test_what_would_go_is_shown_and_nothing_goes(hub, run, capsys):
     """--dry_run lists every file with its size, says that it is private, and asks no more
     than whether the base is there."""
-    assert cli.main(["push", str(run), ME, "--base", "someone/base", "--dry_run", "true"]) == 0
-    told = capsys.readouterr().out
+    told = ""
+    for given in (["--dry_run", "true"], ["--dry_run"]):
+        assert cli.main(["push", str(run), ME, "--base", "someone/base", *given]) == 0
+        before, told = told, capsys.readouterr().out
+    assert told == before
+    assert told.endswith("\nnothing was sent\n")
     assert told.startswith(f"{ME} (private), 6 files:")
     for name in ("README.md", "adapter_config.json", "adapter_model.safetensors"):
-        assert re.search(rf"\d MB  {name}$", told, re.MULTILINE)
+        assert re.search(rf" \d+(\.\d [kM]B| bytes)  {name}$", told, re.MULTILINE)
     assert "samples/row-1-image-0.png" in told
     assert "the base someone/base and its licence: not checked (the Hub answers 404)" in told
-    assert hub.sent(".*someone.*|.*cards.*") == ["GET /api/models/someone/base"]
+    assert hub.sent(".*someone.*|.*cards.*") == ["GET /api/models/someone/base"] * 2
 
 
 def test_a_dry_run_does_not_wait_for_a_network(hub, run, monkeypatch):
@@ -350,6 +354,7 @@ def test_the_command_line_as_a_user_starts_it(hub, run):
 def test_sizes_are_those_of_the_files(tmp_path):
     """What is shown first is what is there."""
     (tmp_path / "a").write_bytes(b"x" * 2_500_000)
-    told = str(Upload(ME, False, {"a": tmp_path / "a", "b": b"1" * 1000}))
-    assert "2.500 MB  a" in told
-    assert "0.001 MB  b" in told
+    told = str(Upload(ME, False, {"a": tmp_path / "a", "b": b"1" * 1000, "c": b"1" * 99}))
+    assert re.findall(r"  (\S.*)  (\w)$", told, re.MULTILINE) == [
+        *(("2.5 MB", "a"), ("1.0 kB", "b"), ("99 bytes", "c")),
+    ]

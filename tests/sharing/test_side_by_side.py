@@ -150,6 +150,18 @@ def test_a_dialogue_is_asked_as_one(tmp_path):
     assert [row.question for row in asked.rows] == ["Is it 0?", "Is it 1?"]
 
 
+def test_a_picture_is_shown_as_the_row_has_it(tmp_path):
+    """Of samples that were squeezed into squares the undistorted picture is taken; of others the
+    sample, which is larger."""
+    samples = [
+        {"row": f"eval_rows[{n}]", "images": [f"eval_samples/row-{n}-image-0.png"]} for n in (0, 1)
+    ]
+    run = run_with(tmp_path / "run", asking(0, "What?"), asking(1, "What?"), samples=samples)
+    Image.new("RGB", (16, 8)).save(run / "gallery" / "row-0-image-0.webp")
+    names = [row.images[0].name for row in asked_by(run).rows]
+    assert names == ["row-0-image-0.webp", "row-1-image-0.png"]
+
+
 def test_only_rows_that_can_be_asked_again_are_shown(tmp_path):
     """Whole samples rather than small copies; no row whose texts are several, whose pictures are
     not all there, or lie outside the run's folder; torn files are no error."""
