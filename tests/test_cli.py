@@ -424,7 +424,8 @@ def test_rows_are_looked_at_before_a_base_is_loaded(here, capsys):
     Path("made/checkpoint-1/adapter_config.json").write_text(adapter)
     for source in (["--model.base", str(copied)], ["--adapter", "made"]):
         (problem,) = problems_of(capsys, "evaluate", "--data.eval", "rows.csv", *source)
-        assert problem.startswith("data.eval[0]: did you mean `file_name` for `picture`?")
+        assert problem.startswith("data.eval[0]: the row has ['picture', 'text'] and no picture: ")
+        assert "did you mean `file_name` for `picture`?" in problem
     (here / "rows.csv").write_text("picture;text\na;A fox.\n")
     (problem,) = problems_of(capsys, "evaluate", "--data.eval", "rows.csv", *source)
     assert problem.startswith("data.eval[0]: a row with columns ['picture', 'text'] is no known")

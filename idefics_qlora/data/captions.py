@@ -53,10 +53,7 @@ def meant_picture(row: Mapping[str, Any]) -> str:
         if isinstance(value, (str, os.PathLike)) and has_picture_ending(os.fsdecode(value)):
             if column == "file_name":  # `load_rows` would have renamed it
                 return "did you mean `image` for `file_name`?"
-            return (
-                f"did you mean `file_name` for `{column}`? (In rows that no file holds it is "
-                "called `image`)"
-            )
+            return f"did you mean `file_name` for `{column}`? (in rows that no file holds, `image`)"
     return ""
 
 

@@ -134,7 +134,7 @@ def _known_example(row: Any) -> Example:
     if not any(column in row for column in ("images", *IMAGE_COLUMNS, *_PICTURE_FILES)) and (
         meant := meant_picture(row)
     ):
-        raise TypeError(f"{meant}; the row has {sorted(map(str, row))}")
+        raise TypeError(f"the row has {sorted(map(str, row))} and no picture: {meant}")
     image = "" if any(column in row for column in IMAGE_COLUMNS) else 'image="picture_column", '
     raise TypeError(
         f"a row with columns {sorted(map(str, row))} is no known format; {_nearest(row)}; "

@@ -153,7 +153,8 @@ def mean_loss(
             num_bad += len(window.bad)
             bad_rows.note(window.bad)
             if num_rows and num_bad > MAX_BAD_SHARE * max(num_rows, FEW_ROWS):
-                bad_rows.check_share(num_bad, num_bad + num_examples)  # whatever follows
+                num_seen = num_bad + num_examples + len(window.rows)
+                bad_rows.check_share(num_bad, num_seen)  # whatever follows
             if window.batch is None:
                 continue
             num_batches += 1

@@ -200,7 +200,7 @@ def test_another_question_is_no_resume(trained, loaded, cards, tmp_path):
     config = config_of(folder, max_steps=2, learning_rate=0.01)
     other = iq.Captions(question="What?", answer=" {name}.")
     with pytest.raises(
-        ValueError, match=re.escape(f"the rows' question: {ASKED!r} there, 'What?'")
+        ValueError, match=re.escape(f"the rows' question: was {ASKED!r}, now 'What?'")
     ):
         iq.train(
             iq.add_lora(copy.deepcopy(loaded[0])), loaded[1], cards[:8],

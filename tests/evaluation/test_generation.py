@@ -121,7 +121,10 @@ def test_modes_are_restored(lora, processor, picture):
         ([Image.new("RGB", (9, 9)), "What?"], r"one alone is passed as \[\[image, "),
         (["a.png", Path("b.png")], r"prompts=\['a.png', \.\.\.\]: pictures alone are rows, \["),
         ([Image.new("RGB", (9, 9))], r"prompts=\[<PIL.*>\]: pictures alone are rows, \[\{"),
-        ([{"file_name": "a.png"}], r"rows\[0\]: did you mean `image` for `file_name`\?"),
+        (
+            [{"file_name": "a.png"}],
+            r"rows\[0\]: .* no picture: did you mean `image` for `file_name`\?",
+        ),
         ([["fine"], []], r"prompts\[1\]: prompt=\[\] is empty"),
         ([[{"path": "no.png"}]], r"'no.png' of prompts\[0\]: there is no such file"),
     ],
