@@ -127,6 +127,14 @@ def test_the_first_snippet_runs_as_it_stands(tmp_path):
     assert "iq.load_finetuned" in done.stderr  # the last lines say what to do with it
 
 
+@pytest.mark.parametrize("page", ["README.md", "index.md"])
+def test_first_scripts_do_not_go_on_with_half_a_run(page):
+    """After Ctrl-C `train` returns, and the next lines would use what has hardly been trained."""
+    script = blocks(page)[0][1]
+    trained, used = script.index("iq.train("), script.index("print(")
+    assert "if result.stopped_by:" in script[trained:used]
+
+
 def test_every_fence_says_what_it_is():
     """A block is Python, which is run, or text; a third kind would go unchecked."""
     kinds = {tuple(info.split()) for page in PAGES for info, _ in blocks(page)}
