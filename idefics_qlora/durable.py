@@ -194,8 +194,8 @@ def write_whole(path: Path, content: bytes) -> None:
     """Give a file a content, all of it or none; one that has it already is left as it is."""
     temporary = path.with_name(f".{path.name}.incomplete")
     temporary.unlink(missing_ok=True)  # left behind by a killed process
-    with contextlib.suppress(OSError):
-        if path.read_bytes() == content:
+    with contextlib.suppress(OSError, CheckpointError):
+        if read_whole(path, size=len(content)) == content:
             return
     try:
         write_synced(temporary, [content])

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from idefics_qlora.config import TrainConfig
+from idefics_qlora.durable import CheckpointError, read_whole
 from idefics_qlora.families import FAMILIES
 from idefics_qlora.model.adapters import RECIPE
 from idefics_qlora.nearby import did_you_mean
@@ -143,8 +144,8 @@ def _plain(value: Any) -> Any:
 
 
 def _text(path: Path) -> str:
-    with suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace")
+    with suppress(OSError, CheckpointError):  # a pipe of that name is not waited for
+        return read_whole(path).decode(errors="replace")
     return ""
 
 

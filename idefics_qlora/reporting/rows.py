@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from idefics_qlora.durable import read_whole
 from idefics_qlora.reporting.folder import RunFolder, mappings, number
 from idefics_qlora.reporting.words import marked
 
@@ -57,7 +58,7 @@ class Pictures:
 def _read(path: Path) -> dict[str, Any] | None:
     """A picture as a page holds it, made small."""
     with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        content = path.read_bytes()
+        content = read_whole(path)
         with Image.open(io.BytesIO(content), formats=("PNG", "WEBP", "JPEG")) as image:
             image.load()
             if image.format != "WEBP" or len(content) > LARGEST_FILE:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import random
 import re
 
@@ -271,6 +272,23 @@ def test_a_picture_outside_of_the_run_is_not_embedded(tmp_path):
     gallery = {"rows": [entry(0, images=["gallery/own.png"])]}
     (folder / "gallery" / "rows.json").write_text(json.dumps(gallery))
     assert len(page_of(folder).all("img")) == 1
+
+
+PIPES = [
+    *("config.yaml", "samples.jsonl", "bad_rows.jsonl", "result.json", "environment.json", "best"),
+    *("last", "gallery/rows.json", "gallery/own.png", "report.html"),
+]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes that a path names")
+@pytest.mark.parametrize("name", PIPES)
+def test_nobody_is_waited_for(tmp_path, name):
+    """A pipe in a file's place would never end: its content is missing, the page is written."""
+    gallery = {"rows": [entry(0, images=["gallery/own.png"])]}
+    folder = write_run(tmp_path / "run", training(), gallery=gallery)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert page_of(folder).all("h1")
 
 
 def test_several_runs_stand_side_by_side(tmp_path):
