@@ -41,7 +41,7 @@ def test_a_checkpoint_brings_it_along(whole, run, base, successor, examples):
     _, split = iq.load_finetuned(run / "checkpoint-1", device="cpu", image_splitting=True)
     assert tiles_of(split, examples) > 1
     config = config_of(run, max_steps=2, global_batch_size=2)
-    with pytest.raises(ValueError, match=r"load_model\(image_splitting=...\): False there, True h"):
+    with pytest.raises(ValueError, match=r"load_model\(image_splitting=...\): was False, now True"):
         iq.train(iq.add_lora(base), successor[1], examples, config=config)
     assert iq.train(model, processor, examples, config=config).global_step == 2
 

@@ -229,7 +229,7 @@ def test_what_cannot_decide(base, processor, examples, tmp_path, settings, messa
 def test_evaluations_without_rows_are_told_at_once(base, processor, examples, tmp_path):
     """All that is asked of evaluations that there are not, in one message."""
     config = early(tmp_path, eval_predictions=True)
-    with pytest.raises(ValueError, match="needs eval_rows") as caught:
+    with pytest.raises(ValueError, match="needs held-out rows") as caught:
         iq.train(iq.add_lora(base), processor, examples, config=config, metrics={"right": len})
     for what in ("metrics (right)", "early_stopping_patience=2", "eval_predictions=True"):
         assert f"{what} without eval_rows" in str(caught.value)

@@ -49,7 +49,7 @@ def test_bad_evaluation_rows_stop_before_training(lora, processor, examples, tmp
 def test_the_best_needs_evaluation_rows(lora, processor, examples, tmp_path):
     """load_best_model_at_end without evaluation rows cannot work, and says so."""
     config = config_of(tmp_path, load_best_model_at_end=True, save_steps=20)
-    with pytest.raises(ValueError, match="needs eval_rows.*eval_steps=20"):
+    with pytest.raises(ValueError, match="needs held-out rows.*eval_steps=20"):
         iq.train(lora, processor, examples, config=config)
 
 
