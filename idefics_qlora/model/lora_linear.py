@@ -127,7 +127,10 @@ def take_back(module: nn.Module) -> None:
         module.__dict__.pop("forward", None)
 
 
-_OURS = frozenset(f"idefics_qlora.model.{name}" for name in ("cpu", "lora_linear", "fused"))
+_OURS = frozenset(
+    f"idefics_qlora.{name}"
+    for name in ("families.patches", "model.cpu", "model.lora_linear", "model.fused")
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import idefics_qlora as iq
 from idefics_qlora.data.batches import Collator
 from idefics_qlora.model import base_weights, fused, loading
 from idefics_qlora.model.adapters import adapter_tensors, trainable_parameters
+from idefics_qlora.model.architectures import ARCHITECTURES
 from idefics_qlora.model.base import base_fingerprint, same_base
 from idefics_qlora.model.base_weights import dequantize, linear4bit_layers, unnest, unnest_if_small
 from idefics_qlora.model.lora_linear import install
@@ -123,7 +124,7 @@ def test_a_change_of_precision_gives_memory_back(dequantized):
     """Weights that the fast path has laid side by side are held by nothing else after a cast."""
     model = iq.add_lora(copy.deepcopy(dequantized))
     linears = install(model)
-    fused.install(model, linears)
+    fused.install(model, linears, ARCHITECTURES[type(model.get_base_model())])
     groups = [group for group in linears.used() if len(group.bases) == 3]
     assert groups
     memory = [StorageWeakRef(base.weight.untyped_storage()) for base in groups[0].bases]

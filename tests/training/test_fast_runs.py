@@ -119,6 +119,14 @@ def test_a_replaced_forward_is_run_and_kept(base, processor, rows, tmp_path, nam
 
 
 @every_family
+def test_a_base_as_it_is_loaded_goes_the_fast_way(base, processor, rows, tmp_path, caplog):
+    """What a family mends of a base when it is loaded is not taken for somebody's own forward."""
+    caplog.set_level("INFO")
+    trained(adapted(base), processor, rows, tmp_path)
+    assert "own layers" not in caplog.text
+
+
+@every_family
 def test_hooks_of_all_modules_run(base, processor, rows, tmp_path):
     """A hook on every module sees the inner layers, which fused blocks do not call."""
     model, seen = adapted(base), set()
