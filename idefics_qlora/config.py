@@ -31,6 +31,8 @@ OnBadRow = Literal["skip", "raise"]
 CacheImages = Literal["disk", "memory"]
 ReportTo = Literal["tensorboard", "wandb", "trackio"]
 Progress = Literal["auto", "bar", "lines", "none"]
+RECIPE: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none"}
+"""The tutorial's ``peft.LoraConfig``, on the modules that the family names."""
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:

@@ -12,9 +12,8 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser
 from peft import LoraConfig
 
-from idefics_qlora.config import TrainConfig, explanations
+from idefics_qlora.config import RECIPE, TrainConfig, explanations
 from idefics_qlora.images.access import ImageAccess
-from idefics_qlora.model.adapters import RECIPE
 from idefics_qlora.model.base_weights import BaseWeights
 from idefics_qlora.told import Field
 

@@ -25,14 +25,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from idefics_qlora.config import RECIPE
 from idefics_qlora.families import family_of
 from idefics_qlora.families.family import Model
 from idefics_qlora.model.base_weights import linear4bit_layers
 from idefics_qlora.model.cpu import prepare_for_cpu
 from idefics_qlora.process import seeded
-
-RECIPE: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none"}
-"""The tutorial's ``peft.LoraConfig``, on the modules that the family names."""
 
 
 def add_lora(

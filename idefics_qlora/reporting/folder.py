@@ -12,10 +12,9 @@ from typing import Any
 
 import yaml
 
-from idefics_qlora.config import TrainConfig
+from idefics_qlora.config import RECIPE, TrainConfig
 from idefics_qlora.durable import CheckpointError, read_whole
 from idefics_qlora.families import FAMILIES
-from idefics_qlora.model.adapters import RECIPE
 from idefics_qlora.nearby import did_you_mean
 
 LOG, SAMPLES, RESULT = "log.jsonl", "samples.jsonl", "result.json"

@@ -28,7 +28,7 @@ import yaml
 from peft import LoraConfig
 
 from idefics_qlora.checkpoint import point_to
-from idefics_qlora.config import TrainConfig
+from idefics_qlora.config import RECIPE, TrainConfig
 from idefics_qlora.data.captions import Captions
 from idefics_qlora.durable import (
     CheckpointError,
@@ -40,7 +40,7 @@ from idefics_qlora.durable import (
 from idefics_qlora.evaluation.metrics import BY_NAME
 from idefics_qlora.images.access import DEFAULT_ACCESS
 from idefics_qlora.machine import environment
-from idefics_qlora.model.adapters import RECIPE, adapter_config
+from idefics_qlora.model.adapters import adapter_config
 from idefics_qlora.reporting.folder import CONFIG, ENVIRONMENT, LOG, RESULT, SAMPLES
 from idefics_qlora.training.inputs import Inputs
 from idefics_qlora.training.result import TrainResult
