@@ -94,9 +94,9 @@ def test_it_runs_offline_and_the_last_answer_is_learnt(notebook, own_jupyter, tm
 
     assert f"{(run / 'report.html').stat().st_size:,} bytes" in text_of(new, "report-page")
     best = run / (run / "best").read_text().strip()
-    size = (best / "adapter_model.safetensors").stat().st_size / 1e6
-    uploaded = dict(re.findall(r"^ *(\S+) MB  (\S+)$", text_of(new, "push"), re.MULTILINE))
-    assert uploaded[f"{size:.3f}"] == "adapter_model.safetensors"
+    size = (best / "adapter_model.safetensors").stat().st_size / 1e3
+    uploaded = dict(re.findall(r"^ *(\S+ \S+)  (\S+)$", text_of(new, "push"), re.MULTILINE))
+    assert uploaded[f"{size:.1f} kB"] == "adapter_model.safetensors"
 
 
 @pytest.mark.slow
