@@ -268,6 +268,7 @@ class MergedWeights:
                 if _starts_from_weights(self.adapter.config):
                     _start_again(wrapper, self.adapter.config)
                 wrapper.merge(safe_merge=True)
+        # Each kind of layer of peft has its own way to say that it cannot.
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             name = next(iter(names.values())).rpartition(".")[0]
             raise ValueError(

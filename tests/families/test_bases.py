@@ -116,15 +116,12 @@ def seen_by(base, patches):
     ("change", "reason"),
     [
         ({"image_seq_len": 9}, "its tiles have 9 tokens, the model's 4"),
-        ({"max_image_size": {"longest_edge": 32}}, "its tiles have 32 pixels, the model's 64"),
         ({"image_token": "<end_of_utterance>"}, r"its image token is \d+, the model's \d+"),
     ],
 )
 def test_a_processor_of_another_base_is_refused(successor, processor, examples, change, reason):
     """What would fail deep in the model, or not at all, is told first."""
     for name, value in change.items():
-        if name == "max_image_size" and not hasattr(processor.image_processor, name):
-            pytest.skip("tiles of Idefics2 have no size of their own")
         owner = processor if hasattr(processor, name) else processor.image_processor
         setattr(owner, name, value)
     with pytest.raises(ValueError, match=reason):

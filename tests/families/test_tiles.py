@@ -134,10 +134,17 @@ def test_published_sizes_equal_the_processors(processor, tile, tokens):
 
 
 @BY_ROWS
+def test_tiles_of_another_size_are_refused(successor, processor):
+    """A processor of another base: what would fail deep in the model is told first."""
+    processor.image_processor.max_image_size = {"longest_edge": 32}
+    with pytest.raises(ValueError, match="its tiles have 32 pixels, the model's 64"):
+        iq.evaluate(successor[0], processor, iq.tiny.creature_cards(2))
+
+
+@pytest.mark.parametrize("family", ["smolvlm"], indirect=True)  # whose vocabulary has row tokens
 def test_tokens_of_a_picture_are_counted_as_published(successor, processor):
     """862 tokens for 640 x 480 on SmolVLM2-500M, where rows and columns are tokens."""
-    if "<row_1_col_1>" not in processor.tokenizer.get_added_vocab():
-        pytest.skip("a tokenizer without them has as many as its words")
+    assert "<row_1_col_1>" in processor.tokenizer.get_added_vocab()
     for tile, tokens, expected in ((512, 64, 862), (384, 81, 1083)):
         processor.image_seq_len = tokens
         processor.image_processor.max_image_size = {"longest_edge": tile}
